@@ -6,6 +6,7 @@ that of Fetit et al., MIDL 2020, for both of its networks.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -193,7 +194,7 @@ class NetworkSpec:
                 maps = pathway.in_channels(layer) * pathway.feature_maps[layer - 1]
                 total += side**3 * KERNEL**3 * maps
         channels = [self.concat_channels, *self.fc_maps, self.classes]
-        for layer, (source, target) in enumerate(zip(channels, channels[1:], strict=False)):
+        for layer, (source, target) in enumerate(itertools.pairwise(channels)):
             kernel = self.fc_kernel if layer == 0 else 1
             total += self.out**3 * kernel**3 * source * target
         return total
