@@ -93,6 +93,11 @@ def sha256_file(path: Path) -> str:
     return _digest(path, hashlib.sha256())
 
 
+def sha256_bytes(content: bytes) -> str:
+    """Hex SHA-256 of bytes in memory."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def git_blob_sha1(path: Path) -> str:
     """Hex SHA-1 of git's blob object for a file: sha1("blob <size>" + NUL + content)."""
     digest = hashlib.sha1(usedforsecurity=False)
