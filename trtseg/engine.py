@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trtseg import __version__
-from trtseg.architecture import NetworkSpec
+from trtseg.architecture import NETWORKS, NetworkSpec
 from trtseg.errors import EngineError, EngineMissingError, ModelError, OutputError
 from trtseg.files import atomic_write, atomic_write_json, make_folder, sha256_bytes, sha256_file
 
@@ -70,6 +69,18 @@ def build_command(models: str) -> str:
 def engine_folder(root: Path, models: str, net: str) -> Path:
     """Where the engine of one network lies."""
     return root / models / net
+
+
+def is_built(root: Path, models: str) -> bool:
+    """Whether both networks of a model set have a manifest; `load_engine` says if it is sound."""
+    return all((engine_folder(root, models, net) / MANIFEST).is_file() for net in NETWORKS)
+
+
+def built_models(root: Path) -> list[str]:
+    """Names of the model sets built under `root`, sorted."""
+    if not root.is_dir():
+        return []
+    return sorted(folder.name for folder in root.iterdir() if is_built(root, folder.name))
 
 
 def load_engine(
@@ -126,7 +137,7 @@ def load_engine(
         if found != digest:
             raise EngineError(
                 f"{path}: SHA-256 {found[:16]}...",
-                expected=f"{str(digest)[:16]}... as in the manifest; the file is damaged or foreign",
+                expected=f"{str(digest)[:16]}... by the manifest; it is damaged or foreign",
                 action=again,
             )
     if checkpoint is not None and dict(checkpoint) != manifest["checkpoint"]:
@@ -241,12 +252,12 @@ def _swap(staging: Path, final: Path) -> None:
     # that looks in between finds nothing built, never half a build.
     aside = staging.with_name(f"{staging.name}.old")
     if final.exists():
-        os.rename(final, aside)
+        final.rename(aside)
     try:
-        os.rename(staging, final)
+        staging.rename(final)
     except OSError:
         if aside.exists():
-            os.rename(aside, final)
+            aside.rename(final)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -5,6 +5,8 @@ Every message says what was found, what was expected, and what to do, in that or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_OK = 0
 EXIT_INPUT = 2
 EXIT_MODEL = 3
@@ -87,3 +89,20 @@ class OutputError(TrtsegError):
     """A result could not be written; nothing is left half-written under its final name."""
 
     exit_code = EXIT_OUTPUT
+
+
+#: Worst first: what the exit code of a batch is chosen by.
+_BY_WEIGHT = (
+    EXIT_INTERRUPTED,
+    EXIT_OUTPUT,
+    EXIT_DEVICE,
+    EXIT_MODEL,
+    EXIT_INPUT,
+    EXIT_SUSPECT,
+    EXIT_OK,
+)
+
+
+def worst_exit_code(codes: Sequence[int]) -> int:
+    """Exit code of a batch: the worst of its scans' (130 > 5 > 4 > 3 > 2 > 6 > 0)."""
+    return min(codes, key=_BY_WEIGHT.index, default=EXIT_OK)

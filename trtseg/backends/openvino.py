@@ -134,7 +134,7 @@ class OpenVINONetwork:
             for start, logit in zip(starts, self.logits(inputs), strict=False):
                 tiling.stitch(labels, start, logit > 0)
                 if maps is not None:
-                    tiling.stitch(maps, start, _logistic(logit))
+                    tiling.stitch(maps, start, logistic(logit))
             if progress is not None:
                 progress(len(starts))
         return NetworkOutput(labels, maps)
@@ -150,7 +150,15 @@ class OpenVINONetwork:
         return starts if missing == 0 else np.concatenate([starts, starts[-1:].repeat(missing, 0)])
 
 
-def _logistic(logit: NDArray[np.float32]) -> NDArray[np.float32]:
+def version() -> str:
+    """Version of the OpenVINO runtime in use."""
+    import openvino
+
+    return str(openvino.__version__)
+
+
+def logistic(logit: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probability of class 1 from the class difference, elementwise, float32."""
     with np.errstate(over="ignore"):  # exp overflows to inf for logits below -88: the result is 0
-        result: NDArray[np.float32] = 1 / (1 + np.exp(-logit))
+        result: NDArray[np.float32] = 1 / (np.float32(1) + np.exp(-logit))
     return result

@@ -1,1 +1,1 @@
-"""The build step: TensorFlow checkpoint -> folded, verified weights -> the graphs that devices run."""
+"""The build step: TensorFlow checkpoint -> folded, verified weights -> graphs for devices."""

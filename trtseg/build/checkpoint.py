@@ -140,7 +140,7 @@ def _open(prefix: Path) -> tuple[Any, Any]:
 
 
 def _tensorflow() -> ModuleType:
-    # Quiet, and never on a GPU: reading a file must not take device memory from a running scanner job.
+    # Quiet, and never on a GPU: reading a file must not take device memory from a running job.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow prints a notice of it
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")

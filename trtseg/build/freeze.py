@@ -175,7 +175,7 @@ def _unfolded(variables: Mapping[str, NDArray[np.float32]], layer: LayerVariable
 
 
 def _fold_sequence(layers: list[_Layer]) -> tuple[_Layer, ...]:
-    """Fold each layer's batch norm into the convolution before it, where nothing else reads that."""
+    """Fold batch norm into the convolution before it, wherever nothing else reads that."""
     folded = list(layers)
     for index in range(1, len(folded)):
         layer, before = folded[index], folded[index - 1]

@@ -1,4 +1,4 @@
-"""The network evaluated straight from the checkpoint's variables, nothing folded: the build's proof.
+"""The network evaluated from the checkpoint's variables, nothing folded: the build's proof.
 
 Slow and plain on purpose: float64 numpy, one operation per line of DeepMedic's layer definition, so
 that an error in folding or in a graph form has nothing here to hide behind.

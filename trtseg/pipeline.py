@@ -1,0 +1,347 @@
+"""From a scan to labels: read this file first.
+
+scan -> z-score -> BDN over the whole scan -> brain mask -> CGM inside it -> gate -> result.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from trtseg import nifti
+from trtseg.architecture import NETWORKS
+from trtseg.backends import open_backend
+from trtseg.backends.base import NetworkOutput
+from trtseg.engine import is_built, load_engine
+from trtseg.errors import InputError, ModelError
+from trtseg.home import engines_root
+from trtseg.models import PUBLISHED, find_models
+from trtseg.normalise import z_score
+from trtseg.tiling import plan_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from trtseg.engine import Engine
+    from trtseg.models import ModelSet
+    from trtseg.scan import Geometry, Scan
+
+#: What a result without any brain says.
+EMPTY_BRAIN = "no brain was found: both maps are empty"
+
+
+class Progress(Protocol):
+    """Told of the tiles of each network as they finish."""
+
+    def __call__(self, network: str, done: int, total: int) -> None:
+        """`done` of `total` tiles of ``"bdn"`` or ``"cgm"`` are finished."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What `segment` returns.
+
+    Attributes
+    ----------
+    cortex, brain : ndarray, shape of the scan, uint8
+        1 inside, 0 outside; cortex lies within brain.
+    geometry : Geometry
+        The scan's; `affine` is a short cut to its affine, shape (4, 4), float64, voxel to mm.
+    brain_ml, cortex_ml : float
+        Volumes in mL: voxels times the voxel's volume by the affine.
+    times : mapping of str to float
+        Seconds of each stage, in the order they ran.
+    cortex_probabilities, brain_probabilities : ndarray, shape of the scan, float32, or None
+        Probability of class 1, where asked for (the cortex's is 0 outside the brain; None for the
+        brain when its mask was given).
+    models, device : str
+        Name of the model set, and the device that ran it.
+    notice : str
+        What must be said of these weights wherever the result goes; empty for the published ones.
+    warnings : tuple of str
+        What a person should know before using the result.
+    """
+
+    cortex: NDArray[np.uint8]
+    brain: NDArray[np.uint8]
+    geometry: Geometry
+    brain_ml: float
+    cortex_ml: float
+    times: Mapping[str, float]
+    cortex_probabilities: NDArray[np.float32] | None
+    brain_probabilities: NDArray[np.float32] | None
+    models: str
+    device: str
+    notice: str
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """Voxel indices to millimetres."""
+        return self.geometry.affine
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the result should not be used unseen: no brain was found."""
+        return not self.brain.any()
+
+
+class Segmenter:
+    """Both networks, loaded once, for any number of scans.
+
+    Parameters
+    ----------
+    models : str, optional
+        Model set; default the published one.
+    engines : Path or str, optional
+        Folder of built networks; default see `trtseg.home.engines_root`.
+    device : str
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    threads : int, optional
+        CPU threads; default the cores this process may run on.
+
+    Raises
+    ------
+    ModelError, EngineError
+        The model set is unknown, nothing is built for it, or the build is damaged or stale.
+    DeviceError
+        The device is not available.
+    UsageError
+        The device's name means nothing.
+
+    Examples
+    --------
+    >>> with Segmenter(models="demo") as segmenter:  # doctest: +SKIP
+    ...     result = segmenter.segment("scan.nii.gz")
+    ...     result.cortex_ml
+    """
+
+    def __init__(
+        self,
+        models: str | None = None,
+        *,
+        engines: Path | str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        root = engines_root(None if engines is None else Path(engines))
+        self.engines = load_engines(models, root)
+        self._backend = open_backend(device, threads=threads)
+        self._networks = {net: self._backend.load(one) for net, one in self.engines.items()}
+        self.models = self.engines["bdn"].models
+
+    @property
+    def device(self) -> str:
+        """The device in use."""
+        return self._backend.device
+
+    def segment(
+        self,
+        scan: Any,
+        affine: NDArray[Any] | None = None,
+        *,
+        mask: Any = None,
+        probabilities: bool = False,
+        progress: Progress | None = None,
+    ) -> Segmentation:
+        """Segment one scan.
+
+        Parameters
+        ----------
+        scan : path, nibabel image, or ndarray of shape (i, j, k)
+            Raw intensities, not normalised. An array needs its `affine`.
+        affine : ndarray, shape (4, 4), optional
+            Voxel indices to millimetres; with an array only.
+        mask : path or ndarray of the scan's shape, optional
+            A brain mask that takes BDN's place; anything over 0.5 is brain.
+        probabilities : bool
+            Whether to keep the probability maps.
+        progress : callable, optional
+            Called as ``progress(network, done, total)`` after every batch of tiles.
+
+        Returns
+        -------
+        Segmentation
+
+        Raises
+        ------
+        InputError
+            The scan or mask cannot be used as it is; the message says why.
+        """
+        clock = _Clock()
+        with clock("read"):
+            image = _read(scan, affine)
+            given = None if mask is None else _read_mask(mask, image)
+        with clock("z-score"):
+            scores = z_score(image).data
+        with clock("brain"):
+            if given is None:
+                brain = self._run("bdn", scores, None, probabilities, progress)
+            else:
+                brain = NetworkOutput(given.astype(np.uint8), None)
+        roi = brain.labels.astype(bool)
+        with clock("cortex"):
+            cortex = gate(self._run("cgm", scores, roi, probabilities, progress), roi)
+        millilitres = image.geometry.voxel_volume_ml
+        warnings = image.warnings if roi.any() else (*image.warnings, EMPTY_BRAIN)
+        return Segmentation(
+            cortex=cortex.labels,
+            brain=brain.labels,
+            geometry=image.geometry,
+            brain_ml=int(brain.labels.sum(dtype=np.int64)) * millilitres,
+            cortex_ml=int(cortex.labels.sum(dtype=np.int64)) * millilitres,
+            times=MappingProxyType(clock.seconds),
+            cortex_probabilities=cortex.probabilities,
+            brain_probabilities=brain.probabilities,
+            models=self.models,
+            device=self.device,
+            notice=self.engines["cgm"].notice,
+            warnings=warnings,
+        )
+
+    def close(self) -> None:
+        """Free the device."""
+        self._networks.clear()
+        self._backend.close()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        net: str,
+        scores: NDArray[np.float32],
+        roi: NDArray[np.bool_] | None,
+        probabilities: bool,
+        progress: Progress | None,
+    ) -> NetworkOutput:
+        network = self._networks[net]
+        plan = plan_tiles(scores.shape, network.spec, roi)
+        done = 0
+
+        def advance(tiles: int) -> None:
+            nonlocal done
+            done += tiles
+            if progress is not None:
+                progress(net, done, len(plan))
+
+        advance(0)
+        return network.run(scores, plan, probabilities=probabilities, progress=advance)
+
+
+def segment(
+    scan: Any,
+    affine: NDArray[Any] | None = None,
+    *,
+    models: str | None = None,
+    engines: Path | str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    mask: Any = None,
+    probabilities: bool = False,
+    progress: Progress | None = None,
+) -> Segmentation:
+    """Segment one scan: `Segmenter` and its `segment` in one call.
+
+    For several scans make one `Segmenter`, which loads the networks once. Parameters, result and
+    errors are those of the two.
+    """
+    with Segmenter(models, engines=engines, device=device, threads=threads) as segmenter:
+        return segmenter.segment(
+            scan, affine, mask=mask, probabilities=probabilities, progress=progress
+        )
+
+
+def gate(output: NetworkOutput, roi: NDArray[np.bool_]) -> NetworkOutput:
+    """Zero labels and probabilities outside `roi`, as the published system does."""
+    maps = output.probabilities
+    return NetworkOutput(output.labels * roi, None if maps is None else maps * roi)
+
+
+def load_engines(models: str | None, root: Path) -> dict[str, Engine]:
+    """Open the built networks of a model set, each verified; see `trtseg.engine.load_engine`.
+
+    Raises
+    ------
+    ModelError, EngineError
+        The set is unknown, or its build is missing, damaged or stale.
+    """
+    name, stored = _resolve_models(models, root)
+    return {
+        net: load_engine(
+            root, name, net, checkpoint=None if stored is None else stored.digests(net)
+        )
+        for net in NETWORKS
+    }
+
+
+def _resolve_models(models: str | None, root: Path) -> tuple[str, ModelSet | None]:
+    """Name of the model set and, where its checkpoint is on this machine, the set itself.
+
+    A built engine is enough to segment: a scanner-side box may never have held the checkpoint.
+    """
+    try:
+        stored = find_models(models)
+    except ModelError:
+        name = PUBLISHED if models is None else models
+        if is_built(root, name):
+            return name, None
+        raise
+    return stored.name, stored
+
+
+def _read(scan: Any, affine: NDArray[Any] | None) -> Scan:
+    if isinstance(scan, np.ndarray):
+        if affine is None:
+            raise InputError(
+                "an array without its affine",
+                expected="segment(array, affine), the affine being 4 x 4, voxel to mm",
+            )
+        return nifti.scan_from_array(scan, affine)
+    if affine is not None:
+        raise InputError(
+            "an affine beside a scan that has its own", expected="an affine with an array only"
+        )
+    if isinstance(scan, (str, os.PathLike)):
+        return nifti.read_scan(Path(scan))
+    return nifti.scan_from_image(scan)
+
+
+def _read_mask(mask: Any, scan: Scan) -> NDArray[np.bool_]:
+    if isinstance(mask, (str, os.PathLike)):
+        return nifti.read_mask(Path(mask), scan.geometry, scan.shape)
+    return nifti.mask_from_array(np.asarray(mask), scan.shape)
+
+
+class _Clock:
+    """Adds up the seconds of named stages, in the order they first ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
