@@ -1,0 +1,31 @@
+"""What many tests need: the demo and random networks, built once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.golden import DATA
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own models and engines."""
+    monkeypatch.setenv("TRTSEG_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="session")
+def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An engines folder with the sets ``demo`` and ``random11``, built as a user builds them."""
+    from trtseg.build.builder import build_models
+    from trtseg.models import find_models, import_folder
+
+    home = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRTSEG_HOME", str(home))
+        import_folder(DATA / "checkpoints" / "random11", unpublished=True, name="random11")
+        for name in ("demo", "random11"):
+            build_models(find_models(name), home / "engines")
+    yield home / "engines"
