@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="session")
-def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engines folder with the sets ``demo`` and ``random11``, built as a user builds them."""
     from trtseg.build.builder import build_models
     from trtseg.models import find_models, import_folder
@@ -28,4 +27,4 @@ def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         import_folder(DATA / "checkpoints" / "random11", unpublished=True, name="random11")
         for name in ("demo", "random11"):
             build_models(find_models(name), home / "engines")
-    yield home / "engines"
+    return home / "engines"

@@ -48,6 +48,12 @@ FILES = tuple(
 NAMES = [file.name for file in FILES]
 BDN_DATA = FILES[1]
 CONFIGS = {net: f"{net}/architecture/{net}_model_config.cfg" for net in ("bdn", "cgm")}
+SAMPLE = (DATA.parent.parent / "docs" / "sample_model_config.cfg").read_bytes()
+
+
+def config_of(net: str) -> bytes:
+    """A valid config that is the network's own."""
+    return SAMPLE + f"# {net}\n".encode()
 
 
 class Server(ThreadingHTTPServer):
@@ -133,7 +139,7 @@ def assert_whole(root: Path) -> None:
 
 def put(folder: Path, *, flat: bool, configs: tuple[str, ...] = ()) -> Path:
     """Write CONTENTS, and configs of the named networks, in one of the two layouts."""
-    entries = CONTENTS | {CONFIGS[net]: f"# {net}\n".encode() for net in configs}
+    entries = CONTENTS | {CONFIGS[net]: config_of(net) for net in configs}
     for path, content in entries.items():
         place = folder / (Path(path).name if flat else path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -674,13 +680,13 @@ def test_import_unpublished(
     for net in ("bdn", "cgm"):
         config = got.config(net)
         assert (config is not None) == (net in configs)
-        assert config is None or config.read_text() == f"# {net}\n"
+        assert config is None or config.read_bytes() == config_of(net)
         assert got.checkpoint(net) == got.folder / f"{net}.model.ckpt"
     stored = {path.name: path.read_bytes() for path in got.files()}
     assert stored == {
         Path(path).name: content
         for path, content in CONTENTS.items()
-        | {CONFIGS[net]: f"# {net}\n".encode() for net in configs}.items()
+        | {CONFIGS[net]: config_of(net) for net in configs}.items()
     }
     record = json.loads((got.folder / "record.json").read_text())
     assert record == {
@@ -700,7 +706,7 @@ def test_import_unpublished(
 def test_import_stores_a_given_config_for_both_networks(tmp_path: Path) -> None:
     source = put(tmp_path / "in", flat=False, configs=("bdn", "cgm"))
     config = tmp_path / "other.cfg"
-    config.write_bytes("name = “quoted”\r\n".encode())
+    config.write_bytes(SAMPLE.replace(b"\n", b"\r\n"))
     got = import_own(source, config=config)
     for net in ("bdn", "cgm"):
         stored = got.config(net)
@@ -712,8 +718,17 @@ def test_import_names_a_config_that_is_not_there(tmp_path: Path, root: Path) -> 
     source = put(tmp_path / "in", flat=True)
     with pytest.raises(ModelError, match=r"absent\.cfg: No such file"):
         import_own(source, config=tmp_path / "absent.cfg")
-    assert visible(root) == []
-    assert leftovers(root) == []
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_import_refuses_a_config_out_of_scope(tmp_path: Path, root: Path, given: bool) -> None:
+    source = put(tmp_path / "in", flat=True, configs=("bdn", "cgm"))
+    wrong = tmp_path / "other.cfg" if given else source / "cgm_model_config.cfg"
+    wrong.write_bytes(SAMPLE.replace(b'"prelu"', b'"elu"'))
+    with pytest.raises(ModelError, match="activationFunction"):
+        import_own(source, config=wrong if given else None)
+    assert not root.exists()
 
 
 def test_import_of_the_same_weights_again(tmp_path: Path) -> None:
@@ -941,7 +956,9 @@ def test_digests_cover_what_a_build_depends_on(tmp_path: Path) -> None:
         for path, content in CONTENTS.items()
         if path.startswith("bdn/")
     }
-    assert got.digests("cgm")["cgm_model_config.cfg"] == hashlib.sha256(b"# cgm\n").hexdigest()
+    assert (
+        got.digests("cgm")["cgm_model_config.cfg"] == hashlib.sha256(config_of("cgm")).hexdigest()
+    )
     (got.folder / NAMES[0]).unlink()
     with pytest.raises(ModelError, match=f"{NAMES[0]}: No such file"):
         got.digests("bdn")

@@ -404,7 +404,13 @@ def models_import(
     """Take weights that were copied to this machine."""
     from trtseg import models as library
 
-    found = library.import_folder(source, unpublished=unpublished, name=name, config=config)
+    found = library.import_folder(
+        source,
+        unpublished=unpublished,
+        name=name,
+        config=config,
+        report=lambda line: typer.echo(line, err=True),
+    )
     typer.echo(f"{found.name}: {found.folder}")
     typer.echo(f"build it with: trtseg engines build --models {found.name}")
 

@@ -25,6 +25,7 @@ from trtseg.architecture import NETWORKS
 from trtseg.errors import DownloadError, ModelError, OutputError, UsageError
 from trtseg.files import atomic_write_json, git_blob_sha1, make_folder, sha256_file
 from trtseg.home import checkpoints_root, demo_folder
+from trtseg.modelconfig import read_config
 
 PUBLISHED = "published"
 DEMO = "demo"
@@ -351,8 +352,8 @@ def import_folder(
 
     The folder holds either the published layout, ``{net}/checkpoint/{net}.model.ckpt.*`` with
     ``{net}/architecture/{net}_model_config.cfg``, possibly below ``fetal-segmentation-system/``,
-    or the plain files ``{net}.model.ckpt.*`` and ``{net}_model_config.cfg``. Configs are optional
-    and are neither read nor checked here.
+    or the plain files ``{net}.model.ckpt.*`` and ``{net}_model_config.cfg``. Configs are optional;
+    those of an unpublished set are read before anything is stored.
 
     Parameters
     ----------
@@ -375,8 +376,8 @@ def import_folder(
     UsageError
         A name that is missing, not allowed, or given for the published set.
     ModelError
-        A file is missing, cannot be read, or is not the published one; or another set has the
-        name already.
+        A file is missing, cannot be read, or is not the published one; a config is out of scope;
+        or another set has the name already.
     OutputError
         The copies could not be written.
     """
@@ -701,6 +702,9 @@ def _import_unpublished(
         )
     layout = _find_layout(source, tuple(file.path for file in PUBLISHED_FILES))
     sources = _unpublished_sources(layout, config)
+    for stored in _CONFIG_NAMES:
+        if stored in sources:
+            read_config(sources[stored])
     with _alone(name, report), _staging(name) as staged:
         for target, place in sources.items():
             _write(staged / target, _chunks(place))

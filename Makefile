@@ -1,0 +1,36 @@
+# make demo: set up and segment the bundled scan.   make test: set up and pass the tests.
+# Needs Python 3.10 to 3.13 and make. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= $(shell scripts/find-python)
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= demo-output
+
+.PHONY: demo test check bench clean help
+
+help:
+	@echo "make demo   set up and segment the bundled scan"
+	@echo "make test   set up and run the tests"
+	@echo "make check  set up and run format, lint and type checks"
+	@echo "make clean  remove environments and build results (not imported weights)"
+
+demo: $(VENV)/.build
+	@$(BIN)/trtseg engines build --models demo
+	@$(BIN)/trtseg segment trtseg/demo/phantom_23w.nii.gz --models demo -o $(OUT)
+	@echo "results are in $(OUT)/"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+# One stamp per extra: an environment is set up again only when pyproject.toml changes.
+$(VENV)/.%: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 was found; install one, or name it: make PYTHON=..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) engines/demo

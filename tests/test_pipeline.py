@@ -1,0 +1,185 @@
+"""The pipeline on real, built networks and on small scans."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+import trtseg
+from tests.golden import GOLDEN, read_golden, read_voxels
+from trtseg.errors import DeviceError, EngineError, EngineMissingError, InputError, ModelError
+from trtseg.pipeline import EMPTY_BRAIN, Segmenter, gate
+
+CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def segmenter(engines_root: Path) -> Segmenter:
+    return Segmenter("random11", engines=engines_root, device="auto")
+
+
+@pytest.fixture(scope="module")
+def result(segmenter: Segmenter) -> trtseg.Segmentation:
+    return segmenter.segment(CASE, probabilities=True)
+
+
+def test_result_is_frozen_and_complete(result: trtseg.Segmentation) -> None:
+    image = nibabel.load(CASE)
+    assert result.brain.dtype == result.cortex.dtype == np.uint8
+    assert result.brain.shape == result.cortex.shape == image.shape
+    assert np.array_equal(result.affine, image.affine)
+    assert list(result.times) == ["read", "z-score", "brain", "cortex"]
+    assert all(seconds >= 0 for seconds in result.times.values())
+    assert result.device == "cpu"
+    assert result.models == "random11"
+    assert result.warnings == ()
+    assert not result.suspect
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.brain_ml = 0.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        result.times["read"] = 0.0  # type: ignore[index]
+
+
+def test_volumes_are_voxels_times_voxel_volume(result: trtseg.Segmentation) -> None:
+    brain = read_golden("chain_random11", "brain_").labels
+    cortex = read_golden("chain_random11", "cgm_").labels
+    # The phantoms' voxels are 0.8 mm: 0.512 mm^3 each.
+    assert result.brain_ml == pytest.approx(int(brain.sum()) * 0.512e-3, rel=1e-5)
+    assert result.cortex_ml == pytest.approx(int(cortex.sum()) * 0.512e-3, rel=1e-5)
+
+
+def test_cortex_is_gated_by_the_brain(result: trtseg.Segmentation) -> None:
+    assert not result.cortex[result.brain == 0].any()
+    assert result.cortex_probabilities is not None
+    assert not result.cortex_probabilities[result.brain == 0].any()
+    assert result.cortex_probabilities.dtype == np.float32
+
+
+def test_path_image_and_array_give_the_same(
+    segmenter: Segmenter, result: trtseg.Segmentation
+) -> None:
+    image = nibabel.load(CASE)
+    raw = np.asanyarray(image.dataobj)
+    for again in (segmenter.segment(image), segmenter.segment(raw, image.affine)):
+        assert np.array_equal(again.brain, result.brain)
+        assert np.array_equal(again.cortex, result.cortex)
+        assert np.allclose(again.affine, result.affine)
+        assert again.brain_probabilities is None
+        assert again.cortex_probabilities is None
+
+
+def test_scaling_the_intensities_changes_nothing_but_rounding(
+    segmenter: Segmenter, result: trtseg.Segmentation
+) -> None:
+    image = nibabel.load(CASE)
+    scaled = np.asanyarray(image.dataobj).astype(np.float64) * 3.5 + 100
+    again = segmenter.segment(scaled, image.affine)
+    assert (again.brain != result.brain).mean() < 1e-4
+
+
+def test_progress_counts_every_tile(segmenter: Segmenter) -> None:
+    seen: list[tuple[str, int, int]] = []
+    segmenter.segment(CASE, progress=lambda *args: seen.append(args))
+    # 53 x 40 x 32 voxels: 2 x 2 x 2 tiles of 29.
+    assert [step for step in seen if step[0] == "bdn"] == [("bdn", n, 8) for n in range(9)]
+    cgm = [step for step in seen if step[0] == "cgm"]
+    assert [done for _, done, _ in cgm] == list(range(cgm[0][2] + 1))
+
+
+def test_a_given_mask_takes_the_brain_networks_place(segmenter: Segmenter, tmp_path: Path) -> None:
+    shape = read_voxels(CASE).shape
+    mask = np.zeros(shape, np.float32)
+    mask[10:30, 10:30, 5:25] = 0.99999997
+    path = tmp_path / "mask.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(mask, nibabel.load(CASE).affine), path)
+    seen = set()
+    result = segmenter.segment(
+        CASE, mask=path, probabilities=True, progress=lambda net, *_: seen.add(net)
+    )
+    assert seen == {"cgm"}
+    assert np.array_equal(result.brain, mask > 0.5)
+    assert result.brain_probabilities is None
+    again = segmenter.segment(CASE, mask=mask > 0.5)
+    assert np.array_equal(again.cortex, result.cortex)
+
+
+def test_an_empty_brain_gives_empty_maps_and_a_warning(segmenter: Segmenter) -> None:
+    shape = read_voxels(CASE).shape
+    result = segmenter.segment(CASE, mask=np.zeros(shape, bool), probabilities=True)
+    assert not result.brain.any()
+    assert not result.cortex.any()
+    assert result.cortex_probabilities is not None
+    assert not result.cortex_probabilities.any()
+    assert result.brain_ml == result.cortex_ml == 0.0
+    assert result.suspect
+    assert EMPTY_BRAIN in result.warnings
+
+
+def test_demo_results_carry_the_notice(engines_root: Path) -> None:
+    rng = np.random.default_rng(0)
+    result = trtseg.segment(
+        rng.normal(size=(10, 11, 12)), np.eye(4), models="demo", engines=engines_root
+    )
+    assert result.notice == "demo weights, synthetic, not for research or clinical use"
+
+
+def test_arguments_that_cannot_be_used(segmenter: Segmenter) -> None:
+    with pytest.raises(InputError, match="without its affine"):
+        segmenter.segment(np.ones((4, 4, 4)))
+    with pytest.raises(InputError, match="has its own"):
+        segmenter.segment(CASE, np.eye(4))
+    with pytest.raises(InputError, match="constant"):
+        segmenter.segment(np.ones((4, 4, 4)), np.eye(4))
+    with pytest.raises(InputError):
+        segmenter.segment(3.5)
+
+
+def test_nothing_built_says_the_command(tmp_path: Path) -> None:
+    with pytest.raises(EngineMissingError, match="trtseg engines build --models demo"):
+        Segmenter("demo", engines=tmp_path)
+
+
+def test_no_published_weights_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="trtseg models pull") as caught:
+        Segmenter(engines=tmp_path)
+    assert "--models demo" in str(caught.value)
+
+
+def test_a_built_set_needs_no_checkpoint(engines_root: Path) -> None:
+    # The fixture's home is gone here, as on a box that was given the engines only.
+    assert Segmenter("random11", engines=engines_root).models == "random11"
+
+
+def test_a_build_of_another_checkpoint_is_stale(engines_root: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(engines_root / "demo", tmp_path / "demo")
+    manifest = tmp_path / "demo" / "cgm" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["checkpoint"]["cgm.model.ckpt.index"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="another checkpoint"):
+        Segmenter("demo", engines=tmp_path)
+
+
+def test_cuda_is_refused_plainly(engines_root: Path) -> None:
+    with pytest.raises(DeviceError, match="no CUDA runtime"):
+        Segmenter("random11", engines=engines_root, device="cuda:0")
+
+
+def test_gate() -> None:
+    from trtseg.backends.base import NetworkOutput
+
+    roi = np.array([[[True, False]]])
+    output = NetworkOutput(np.array([[[1, 1]]], np.uint8), np.array([[[0.7, 0.9]]], np.float32))
+    gated = gate(output, roi)
+    assert gated.labels.tolist() == [[[1, 0]]]
+    assert gated.labels.dtype == np.uint8
+    assert gated.probabilities is not None
+    assert gated.probabilities.tolist() == [[[pytest.approx(0.7), 0.0]]]
+    assert gated.probabilities.dtype == np.float32
