@@ -1,0 +1,753 @@
+"""Scans and masks read, labels and probabilities written: NIfTI-1 and NIfTI-2 files.
+
+The only module that imports nibabel. What a header says comes from nibabel's header classes; the
+voxels are read here, so that the claim of a header is checked before memory is given to it and a
+gzip file is read to its end, where its checksum is (nibabel stops at the last voxel).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import itertools
+import logging
+import math
+import stat
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from trtseg.errors import InputError, OutputError
+from trtseg.files import atomic_write
+from trtseg.scan import Geometry, Scan
+
+#: The NIfTI header fields that say where voxels lie; all others stay behind with the scan.
+GEOMETRY_FIELDS = (
+    "pixdim",
+    "qform_code",
+    "sform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+    "xyzt_units",
+)
+
+#: Longest description a NIfTI header holds: its `descrip` has 80 bytes, the last one zero.
+MAX_DESCRIPTION = 79
+
+#: Distance in mm that a mask's corner voxels may lie off the scan's: well above the rounding of an
+#: affine to float32, well below a voxel.
+MASK_TOLERANCE_MM = 0.1
+
+#: Value above which a mask's voxel is brain; halfway, since scaled masks hold 0.99999997 for 1.
+MASK_THRESHOLD = 0.5
+
+_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img")
+_PAIR = {".hdr": ".img", ".img": ".hdr"}
+_CHUNK = 1 << 20
+_HEADER_BYTES = 540  # NIfTI-2, the longest of the headers read here
+_MAX_CLAIM = 16 << 30
+_MAX_AXIS = 32767  # int16, the type of NIfTI-1's dim; longer "axes" there are surface data
+# The fastest. Measured on a cortex map and its probability map, level 6 takes three times as long
+# for files 30 to 50 % smaller, of a few hundred kB; levels 2 and 3 save 5 to 13 %.
+_GZIP_LEVEL = 1
+_SPATIAL_UNITS = {1: "metre", 3: "micrometre"}  # the three low bits of xyzt_units
+_ANALYZE_WARNING = (
+    "Analyze 7.5 file: it does not store which side is left; nibabel's affine is taken, and a .mat "
+    "file beside it is not read"
+)
+# nibabel logs what it repairs in a header to stderr; a logger of our own keeps it silent without
+# changing nibabel's for the rest of the process.
+_SILENT = logging.Logger(__name__, level=logging.CRITICAL + 1)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of its voxels, checked as far as it can be without reading them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    inter: float
+    geometry: Geometry
+    warnings: tuple[str, ...]
+
+    @property
+    def volumes(self) -> int:
+        return math.prod(self.shape[3:])
+
+    @property
+    def volume_bytes(self) -> int:
+        return math.prod(self.shape[:3]) * self.dtype.itemsize
+
+    @property
+    def claim(self) -> int:
+        return self.volumes * self.volume_bytes
+
+
+def read_scan(path: Path) -> Scan:
+    """Read a 3-D image, or the first volume of a 4-D one.
+
+    Parameters
+    ----------
+    path : Path
+        A .nii or .nii.gz file, or either file of an .hdr/.img pair: NIfTI-1 or NIfTI-2 in either
+        byte order, or an Analyze 7.5 pair, for which nibabel's affine is taken with a warning.
+
+    Returns
+    -------
+    Scan
+        `data` has shape (i, j, k), native byte order, and memory of its own: the stored integers
+        or floats where the header does not scale them (`scl_slope` 0, not finite, or 1 with
+        `scl_inter` 0), else float64. `warnings` has a line for a 4-D file of several volumes, for
+        a header without orientation, and for one whose unit is not the millimetre.
+
+    Raises
+    ------
+    InputError
+        The file is missing, not readable, not NIfTI, truncated or damaged; or its image is not one
+        3-D volume of finite real numbers with an affine that can be inverted.
+    """
+    scan, _ = _read(path)
+    return scan
+
+
+def scan_from_image(image: Any) -> Scan:
+    """Take a scan from a nibabel image in memory, as `read_scan` takes it from a file.
+
+    Parameters
+    ----------
+    image : nibabel.spatialimages.SpatialImage
+        An image of any format nibabel reads, with an affine in mm. A NIfTI image keeps its header
+        fields where they agree with its affine (nibabel's own rule on saving); for all others the
+        geometry is that of `scan_from_array`.
+
+    Returns
+    -------
+    Scan
+        `data` shares memory with an image that holds an array of native byte order.
+
+    Raises
+    ------
+    InputError
+        As for `read_scan`, and for an object that is no spatial image or has no affine.
+    """
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.spatialimages import SpatialImage
+
+    name = "image in memory"
+    if not isinstance(image, SpatialImage) or image.affine is None:
+        raise InputError(
+            f"{name}: {type(image).__name__}"
+            + (" without an affine" if isinstance(image, SpatialImage) else ""),
+            expected="a nibabel spatial image with an affine, such as nibabel.load returns",
+        )
+    with _nibabel_errors(name):
+        volumes = _check_shape(name, image.shape)
+        data = np.asanyarray(image.dataobj[_first(image.shape)])
+        if isinstance(data, np.memmap):
+            data = np.array(data)
+        header = image.header
+        if isinstance(header, Nifti1Header) and np.allclose(image.affine, header.get_best_affine()):
+            geometry = _geometry(name, header, header.get_best_affine())
+        else:
+            geometry = _geometry_of_affine(name, image.affine)
+    return Scan(
+        _real(name, np.asarray(data)),
+        geometry,
+        (*_volume_warnings(volumes), *_geometry_warnings(geometry.header)),
+    )
+
+
+def scan_from_array(data: ArrayLike, affine: ArrayLike) -> Scan:
+    """Make a scan of an array and an affine.
+
+    Parameters
+    ----------
+    data : array_like, shape (i, j, k) or (i, j, k, n)
+        Real numbers of any type; of several volumes the first is taken, with a warning.
+    affine : array_like, shape (4, 4)
+        Voxel indices to mm.
+
+    Returns
+    -------
+    Scan
+        `data` shares memory with an array of native byte order. The geometry is the NIfTI-1 one
+        nibabel gives to ``Nifti1Image(data, affine)``, with mm as its unit: the affine, rounded to
+        float32, as sform with code 2; qform code 0.
+
+    Raises
+    ------
+    InputError
+        As for `read_scan`.
+    """
+    name = "array in memory"
+    array = _as_array(name, data)
+    volumes = _check_shape(name, array.shape)
+    with _nibabel_errors(name):
+        geometry = _geometry_of_affine(name, affine)
+    return Scan(_real(name, array[_first(array.shape)]), geometry, _volume_warnings(volumes))
+
+
+def read_mask(path: Path, like: Geometry, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Read a brain mask that lies on a scan's own voxels.
+
+    Parameters
+    ----------
+    path : Path
+        Any file `read_scan` takes; integers or scaled floats.
+    like : Geometry
+        Geometry of the scan.
+    shape : tuple of int
+        Shape (i, j, k) of the scan.
+
+    Returns
+    -------
+    ndarray of bool, shape (i, j, k)
+        True where the value is above 0.5.
+
+    Raises
+    ------
+    InputError
+        As for `read_scan`; and the mask has several volumes, another shape, or an affine that puts
+        one of the array's eight corner voxels more than 0.1 mm off the scan's.
+    """
+    scan, volumes = _read(path)
+    if volumes > 1:
+        raise InputError(f"{path}: a 4-D file of {volumes} volumes", expected="one 3-D mask")
+    mask = _mask(str(path), scan.data, shape)
+    distance = _corner_distance(scan.geometry.affine, like.affine, shape)
+    if not distance <= MASK_TOLERANCE_MM:
+        raise InputError(
+            f"{path}: a mask whose corner voxels lie up to {distance:.3g} mm off the scan's",
+            expected=f"the scan's own voxel grid, within {MASK_TOLERANCE_MM} mm",
+            action="resample the mask onto the scan",
+        )
+    return mask
+
+
+def mask_from_array(array: ArrayLike, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Make a brain mask of an array on a scan's own voxels.
+
+    Parameters
+    ----------
+    array : array_like, shape (i, j, k)
+        Booleans or real numbers.
+    shape : tuple of int
+        Shape (i, j, k) of the scan.
+
+    Returns
+    -------
+    ndarray of bool, shape (i, j, k)
+        True where the value is above 0.5.
+
+    Raises
+    ------
+    InputError
+        Another shape, values that are not real numbers, or not finite.
+    """
+    name = "mask array"
+    return _mask(name, _real(name, _as_array(name, array)), shape)
+
+
+def write_labels(
+    path: Path, labels: NDArray[np.uint8], geometry: Geometry, *, description: str = ""
+) -> None:
+    """Write a label map on a scan's voxels, whole or not at all.
+
+    The header is a fresh one: dimensions and type of the labels, the geometry fields of the scan
+    bit for bit, slope 1, intercept 0, the description; nothing else of the scan's header. The same
+    labels give the same bytes (a gzip file has neither time nor name in it).
+
+    Parameters
+    ----------
+    path : Path
+        Name ending in .nii or .nii.gz; its folder must exist.
+    labels : ndarray of uint8, shape (i, j, k)
+    geometry : Geometry
+        Geometry of the scan; its `nifti_version` is the version written.
+    description : str
+        Up to 79 ASCII characters for the header's `descrip`.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written there, or has another suffix.
+    ValueError
+        The array has another type or rank, or the description does not fit.
+    """
+    _write(path, labels, np.dtype(np.uint8), geometry, description)
+
+
+def write_probabilities(
+    path: Path, probabilities: NDArray[np.float32], geometry: Geometry, *, description: str = ""
+) -> None:
+    """Write a probability map on a scan's voxels; all else as for `write_labels`.
+
+    Parameters
+    ----------
+    path : Path
+        Name ending in .nii or .nii.gz; its folder must exist.
+    probabilities : ndarray of float32, shape (i, j, k)
+    geometry : Geometry
+        Geometry of the scan; its `nifti_version` is the version written.
+    description : str
+        Up to 79 ASCII characters for the header's `descrip`.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written there, or has another suffix.
+    ValueError
+        The array has another type or rank, or the description does not fit.
+    """
+    _write(path, probabilities, np.dtype(np.float32), geometry, description)
+
+
+def volume_stem(path: Path) -> str:
+    """File name without .nii, .nii.gz, .hdr or .img, in whatever case they are written."""
+    return path.name[: len(path.name) - len(_suffix(path))]
+
+
+def _suffix(path: Path) -> str:
+    """The volume suffix of a name, in lower case; empty where it has none."""
+    name = path.name.lower()
+    return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+
+
+def _read(path: Path) -> tuple[Scan, int]:
+    """The first volume of a file, and how many it has."""
+    header_path, data_path = _header_and_data(path)
+    with _open(header_path) as stream:
+        block = stream.read(_HEADER_BYTES)
+    header = _parse(header_path, block, single=header_path == data_path)
+    with _open(data_path) as stream:
+        _check_claim(data_path, header)
+        voxels = _first_volume(data_path, stream, header)
+        data = _real(str(data_path), _as_voxels(voxels, header))
+    return Scan(data, header.geometry, header.warnings), header.volumes
+
+
+def _header_and_data(path: Path) -> tuple[Path, Path]:
+    suffix = _suffix(path)
+    if not suffix:
+        raise InputError(
+            f"{path}: a name without a NIfTI suffix",
+            expected="a name ending in .nii, .nii.gz, .hdr or .img",
+        )
+    if suffix not in _PAIR:
+        return path, path
+    upper = path.suffix.isupper()
+    other = path.with_suffix(_PAIR[suffix].upper() if upper else _PAIR[suffix])
+    return (path, other) if suffix == ".hdr" else (other, path)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[io.BufferedIOBase]:
+    """A file's bytes, decompressed where its name says so; failing reads become InputErrors."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise InputError(f"{path}: {kind}", expected="a NIfTI file")
+        with path.open("rb") as raw:
+            if _suffix(path) == ".nii.gz":
+                with gzip.GzipFile(fileobj=raw) as decompressed:
+                    yield decompressed
+            else:
+                yield raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path}: truncated or damaged gzip data ({error})",
+            expected="an intact .nii.gz file",
+            action="copy or export the file again",
+        ) from error
+    except MemoryError as error:
+        raise InputError(
+            f"{path}: an image larger than the memory left",
+            action="free memory, or crop the image",
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise InputError(
+            f"{path}: {getattr(error, 'strerror', None) or error}",
+            expected="a NIfTI file that can be read",
+            action="check the name and its permissions",
+        ) from error
+
+
+@contextlib.contextmanager
+def _nibabel_errors(name: str) -> Iterator[None]:
+    """Turn what nibabel raises on a bad header or its data into an InputError."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+
+    try:
+        # Fields that are not finite are met below by a check, not by numpy's warning.
+        with np.errstate(all="ignore"):
+            yield
+    except (
+        HeaderDataError,
+        HeaderTypeError,
+        ImageFileError,
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        OverflowError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name}: an image that nibabel cannot read ({reason})",
+            expected="a valid NIfTI image",
+            action="export it again",
+        ) from error
+
+
+def _parse(path: Path, block: bytes, *, single: bool) -> _Header:
+    from nibabel.nifti1 import Nifti1Header
+
+    name = str(path)
+    with _nibabel_errors(name):
+        stored = _stored_header(path, block)
+        _check_rank(path, stored)
+        fixed = stored.copy()
+        fixed.check_fix(logger=_SILENT, error_level=40)
+        nifti = isinstance(fixed, Nifti1Header)
+        if nifti:
+            _check_magic(path, fixed, single=single)
+        elif single:
+            raise _not_nifti(path)
+        volumes = _check_shape(name, fixed.get_data_shape())
+        offset = _offset(path, fixed, single=single)
+        dtype = _check_dtype(name, fixed.get_data_dtype())
+        slope, inter = fixed.get_slope_inter()
+        affine = fixed.get_best_affine()
+        if nifti:
+            # The stored fields, not the repaired ones: results must carry the bits of the scan.
+            geometry = _geometry(name, stored, affine)
+            notes = _geometry_warnings(fixed)
+        else:
+            geometry = _geometry_of_affine(name, affine)
+            notes = (_ANALYZE_WARNING,)
+        return _Header(
+            shape=fixed.get_data_shape(),
+            dtype=dtype,
+            offset=offset,
+            slope=1.0 if slope is None else float(slope),
+            inter=0.0 if inter is None else float(inter),
+            geometry=geometry,
+            warnings=(*_volume_warnings(volumes), *notes),
+        )
+
+
+def _stored_header(path: Path, block: bytes) -> Any:
+    """The header in a file's first bytes, exactly as stored."""
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
+    from nibabel.spm2analyze import Spm2AnalyzeHeader
+
+    for kind in (Nifti2Header, Nifti1Header, Spm2AnalyzeHeader):
+        if kind.may_contain_header(block):
+            return kind(block[: kind.template_dtype.itemsize], check=False)
+    raise _not_nifti(path, empty=not block)
+
+
+def _not_nifti(path: Path, *, empty: bool = False) -> InputError:
+    found = "an empty file" if empty else "not a NIfTI file"
+    return InputError(
+        f"{path}: {found}",
+        expected="a NIfTI-1 or NIfTI-2 header in its first bytes",
+        action="convert the scan to NIfTI, for example with dcm2niix, or copy it again",
+    )
+
+
+def _check_magic(path: Path, header: Any, *, single: bool) -> None:
+    if header["magic"].item() != (header.single_magic if single else header.pair_magic):
+        kinds = ("a single file", "an .hdr/.img pair")
+        found, expected = kinds if not single else kinds[::-1]
+        raise InputError(
+            f"{path}: a header that says it belongs to {found}",
+            expected=f"{expected}, by the file's name",
+            action="rename the file",
+        )
+
+
+def _check_rank(path: Path, header: Any) -> None:
+    # nibabel tells the byte order by this number, so that a wrong one spoils all the others.
+    if not 1 <= header["dim"][0] <= 7:
+        raise InputError(
+            f"{path}: a header whose number of dimensions is not 1 to 7 in either byte order",
+            expected="3 dimensions (i, j, k)",
+            action="export the scan again",
+        )
+
+
+def _offset(path: Path, header: Any, *, single: bool) -> int:
+    offset = int(header["vox_offset"])
+    smallest = header.single_vox_offset if single else 0
+    if offset < smallest:
+        raise InputError(
+            f"{path}: a header that puts the voxels at byte {offset}",
+            expected=f"byte {smallest} or later",
+            action="export the scan again",
+        )
+    return offset
+
+
+def _check_shape(name: str, shape: tuple[int, ...]) -> int:
+    """Refuse what is not one 3-D volume or several along one axis; return how many."""
+    if len(shape) < 3 or any(size != 1 for size in shape[4:]):
+        raise InputError(
+            f"{name}: an image of {len(shape)} dimensions {shape}",
+            expected="3 dimensions (i, j, k)",
+            action="extract one 3-D volume",
+        )
+    if not all(1 <= size <= _MAX_AXIS for size in shape):
+        raise InputError(
+            f"{name}: an image with axes of {shape} voxels",
+            expected=f"1 to {_MAX_AXIS} voxels per axis",
+        )
+    return math.prod(shape[3:])
+
+
+def _first(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Index of an image's first volume."""
+    return (slice(None),) * 3 + (0,) * (len(shape) - 3)
+
+
+def _check_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if dtype.kind not in "biuf":
+        kind = "colour" if dtype.names else "complex" if dtype.kind == "c" else "non-numeric"
+        channels = "".join(dtype.names or ())
+        raise InputError(
+            f"{name}: {kind} voxels ({channels or dtype.name})",
+            expected="one real number per voxel",
+            action="convert the image to grey-scale magnitudes",
+        )
+    return dtype
+
+
+def _check_claim(path: Path, header: _Header) -> None:
+    """Refuse, before memory is asked for, a header that claims more than can be there."""
+    if _suffix(path) != ".nii.gz":
+        _check_held(path, header, path.stat().st_size)
+    if header.claim > _MAX_CLAIM:
+        raise InputError(
+            f"{path}: a header that claims {header.claim} bytes of voxels {header.shape}",
+            expected=f"at most {_MAX_CLAIM} bytes",
+            action="check the file, or crop the image",
+        )
+
+
+def _check_held(path: Path, header: _Header, size: int) -> None:
+    held = max(0, size - header.offset)
+    if held < header.claim:
+        raise InputError(
+            f"{path}: {held} bytes of voxels in the file",
+            expected=f"{header.claim}, which its header claims for {header.shape}",
+            action="copy or export the file again",
+        )
+
+
+def _first_volume(path: Path, stream: io.BufferedIOBase, header: _Header) -> bytearray:
+    """The bytes of the first volume; the rest is read to its end, for the checksum, and dropped."""
+    voxels = bytearray()
+    position = 0
+    while chunk := stream.read(_CHUNK):
+        start = max(0, header.offset - position)
+        voxels += memoryview(chunk)[start : start + header.volume_bytes - len(voxels)]
+        position += len(chunk)
+    _check_held(path, header, position)
+    return voxels
+
+
+def _as_voxels(voxels: bytearray, header: _Header) -> NDArray[Any]:
+    stored = np.frombuffer(voxels, dtype=header.dtype).reshape(header.shape[:3], order="F")
+    if (header.slope, header.inter) == (1.0, 0.0):
+        return stored
+    with np.errstate(all="ignore"):
+        scaled = stored.astype(np.float64)
+        scaled *= header.slope
+        scaled += header.inter
+    return scaled
+
+
+def _as_array(name: str, data: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(data)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{name}: {type(data).__name__} that is no array ({error})",
+            expected="an array of real numbers",
+        ) from error
+
+
+def _real(name: str, data: NDArray[Any]) -> NDArray[Any]:
+    """Finite real numbers in native byte order, of a type all of numpy and scipy take."""
+    _check_dtype(name, data.dtype)
+    if data.dtype.kind == "b":
+        return data.astype(np.uint8)
+    if data.dtype.kind == "f":
+        if data.dtype.itemsize > 8:
+            with np.errstate(over="ignore"):
+                data = data.astype(np.float64)
+        missing = data.size - np.count_nonzero(np.isfinite(data))
+        if missing:
+            raise InputError(
+                f"{name}: {missing} voxels that are not finite numbers (NaN or infinite)",
+                expected="finite values everywhere",
+                action="replace them, for example by 0 outside the reconstruction",
+            )
+    return data.astype(data.dtype.newbyteorder("="), copy=False)
+
+
+def _volume_warnings(volumes: int) -> tuple[str, ...]:
+    if volumes == 1:
+        return ()
+    return (f"4-D file of {volumes} volumes: the first is segmented, as the published system does",)
+
+
+def _geometry_warnings(header: Any) -> tuple[str, ...]:
+    warnings = []
+    if header["qform_code"] == 0 and header["sform_code"] == 0:
+        warnings.append("header without orientation (qform and sform codes are 0)")
+    unit = _SPATIAL_UNITS.get(int(header["xyzt_units"]) & 7)
+    if unit:
+        warnings.append(f"header with the {unit} as its unit: read as mm, as nibabel reads it")
+    return tuple(warnings)
+
+
+def _geometry(name: str, header: Any, affine: NDArray[np.float64]) -> Geometry:
+    """Geometry fields of a nibabel NIfTI header, with the affine it stands for."""
+    from nibabel.nifti2 import Nifti2Header
+
+    _check_affine(name, affine)
+    return Geometry(
+        affine=np.array(affine, dtype=np.float64),
+        header={field: _native(header[field]) for field in GEOMETRY_FIELDS},
+        nifti_version=2 if isinstance(header, Nifti2Header) else 1,
+    )
+
+
+def _native(value: NDArray[Any]) -> Any:
+    """A copy of a header field in native byte order; a scalar where the field is one."""
+    return np.array(value, dtype=value.dtype.newbyteorder("="))[()]
+
+
+def _geometry_of_affine(name: str, affine: ArrayLike) -> Geometry:
+    """NIfTI-1 geometry of an affine alone, as ``Nifti1Image(data, affine)`` has it, in mm."""
+    from nibabel.nifti1 import Nifti1Header
+
+    matrix = _as_array(name, affine)
+    if matrix.shape != (4, 4) or matrix.dtype.kind not in "iuf":
+        raise InputError(
+            f"{name}: an affine of shape {matrix.shape} and type {matrix.dtype}",
+            expected="4 x 4 real numbers",
+        )
+    if not np.array_equal(matrix[3], [0, 0, 0, 1]):
+        raise InputError(
+            f"{name}: an affine with the last row {matrix[3].tolist()}", expected="0 0 0 1"
+        )
+    matrix = matrix.astype(np.float64)
+    _check_affine(name, matrix)
+    header = Nifti1Header()
+    header.set_sform(matrix, code="aligned")
+    header.set_qform(matrix, code="unknown")
+    header.set_xyzt_units("mm")
+    return _geometry(name, header, header.get_sform())
+
+
+def _check_affine(name: str, affine: NDArray[np.float64]) -> None:
+    with np.errstate(all="ignore"):
+        finite = bool(np.isfinite(affine).all())
+        invertible = (
+            finite
+            and 0.0 < abs(np.linalg.det(affine[:3, :3])) < math.inf
+            and np.linalg.matrix_rank(affine[:3, :3]) == 3
+        )
+    if not invertible:
+        kind = "a singular affine" if finite else "an affine with values that are not finite"
+        raise InputError(
+            f"{name}: {kind}",
+            expected="an affine that maps voxels to mm and can be inverted",
+            action="repair the header's qform or sform, or export the scan again",
+        )
+
+
+def _mask(name: str, data: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    if data.shape != tuple(shape):
+        raise InputError(
+            f"{name}: a mask of shape {data.shape}",
+            expected=f"the scan's shape {tuple(shape)}",
+            action="resample the mask onto the scan",
+        )
+    return np.asarray(data > MASK_THRESHOLD)
+
+
+def _corner_distance(
+    one: NDArray[np.float64], other: NDArray[np.float64], shape: tuple[int, int, int]
+) -> float:
+    """Largest distance in mm that two affines put between a corner voxel's centre and itself."""
+    corners = np.array([(*c, 1) for c in itertools.product(*((0, size - 1) for size in shape))])
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
+
+
+def _write(
+    path: Path,
+    data: NDArray[Any],
+    dtype: np.dtype[Any],
+    geometry: Geometry,
+    description: str,
+) -> None:
+    if data.dtype != dtype or data.ndim != 3:
+        raise ValueError(f"{data.dtype} array of shape {data.shape}; expected 3-D {dtype}")
+    suffix = _suffix(path)
+    if suffix not in (".nii", ".nii.gz"):
+        raise OutputError(f"{path}: an unknown suffix", expected="a name in .nii or .nii.gz")
+    header = _fresh_header(data, geometry, description)
+    voxels = data.astype(dtype.newbyteorder("<"), copy=False).tobytes(order="F")
+    with atomic_write(path) as stream, contextlib.ExitStack() as stack:
+        target: Any = stream
+        if suffix == ".nii.gz":
+            target = stack.enter_context(
+                gzip.GzipFile("", "wb", compresslevel=_GZIP_LEVEL, fileobj=stream, mtime=0)
+            )
+        target.write(header)
+        target.write(voxels)
+
+
+def _fresh_header(data: NDArray[Any], geometry: Geometry, description: str) -> bytes:
+    """Header bytes up to the voxels: a new little-endian header with the scan's geometry."""
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
+
+    text = description.encode("ascii")
+    if len(text) > MAX_DESCRIPTION:
+        raise ValueError(f"description of {len(text)} bytes; at most {MAX_DESCRIPTION} fit")
+    header = (Nifti2Header if geometry.nifti_version == 2 else Nifti1Header)(endianness="<")
+    header.set_data_dtype(data.dtype)
+    header.set_data_shape(data.shape)
+    for field in GEOMETRY_FIELDS:
+        if field != "pixdim":
+            header[field] = geometry.header[field]
+    # qfac and the three voxel sizes; a fourth size would be the time step of another image.
+    header["pixdim"][:4] = geometry.header["pixdim"][:4]
+    header["vox_offset"] = header.single_vox_offset
+    header["scl_slope"] = 1
+    header["scl_inter"] = 0
+    header["descrip"] = text
+    no_extensions = bytes(4)
+    return bytes(header.binaryblock) + no_extensions
