@@ -204,7 +204,7 @@ def test_from_dict_refuses_an_unknown_field_of_a_pathway():
         {"pathways": 3},
         {"pathways": [3]},
         {"fc_maps": 250},
-        {"fc_maps": ["many"]},
+        {"fc_maps": ["many", "more"]},
         {"fc_dropout": ["a", "b", "c"]},
     ],
 )
