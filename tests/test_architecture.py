@@ -250,6 +250,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"pathways": (pathway(1, feature_maps=(2, 4, 4, 3)),)},
         "residual layer 4 has 3 feature maps.*at least the 4",
     ),
+    (
+        {"pathways": (pathway(1, feature_maps=(2, 4, 3, 3)),)},
+        "residual layer 4 has 3 feature maps.*at least the 4",
+    ),
     ({"classes": 3}, "3 classes, 1 channels"),
     ({"channels": 2}, "2 classes, 2 channels"),
     ({"fc_maps": (), "fc_residual_layers": (), "fc_dropout": (0.0,)}, "no hidden FC layer"),
@@ -289,3 +293,5 @@ def test_what_is_just_allowed():
     assert small(train_segment=9).fc_bn_samples(2) == 5
     assert replace(small(), fc_dropout=(0.0, 0.0, 0.999)).fc_dropout[2] == 0.999
     assert small(pathways=(pathway(1, residual_layers=(2, 3, 4)),), fc_maps=(4, 4)).margin == 4
+    # layer 4 adds the input of layer 3, which has the 2 maps of layer 2, not the 4 of layer 3
+    assert small(pathways=(pathway(1, feature_maps=(2, 2, 4, 3)),)).concat_channels == 3

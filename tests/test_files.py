@@ -21,6 +21,13 @@ def umask():
     os.umask(before)
 
 
+def write_half(path: Path, error: type[BaseException]) -> None:
+    """Start to write, then fail."""
+    with files.atomic_write(path) as stream:
+        stream.write(b"half of the n")
+        raise error
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -69,18 +76,16 @@ def test_the_name_shows_nothing_until_the_end(tmp_path):
 def test_any_exception_leaves_the_old_file_alone(tmp_path, kind):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(kind), files.atomic_write(path) as stream:
-        stream.write(b"half of the n")
-        raise kind
+    with pytest.raises(kind):
+        write_half(path, kind)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_any_exception_leaves_nothing_where_nothing_was(tmp_path, kind):
-    with pytest.raises(kind), files.atomic_write(tmp_path / "file") as stream:
-        stream.write(b"half of the n")
-        raise kind
+    with pytest.raises(kind):
+        write_half(tmp_path / "file", kind)
     assert names(tmp_path) == []
 
 
@@ -92,7 +97,7 @@ def test_a_failure_at_the_end_leaves_the_old_file_alone(tmp_path, monkeypatch, c
     path = tmp_path / "file"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OutputError, match="file: No space left on device.*room on the disk"):
+    with pytest.raises(OutputError, match=r"file: No space left on device.*room on the disk"):
         write(path, b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
@@ -138,7 +143,7 @@ def test_permissions_follow_the_umask(tmp_path, umask, mask, mode):
 
 def test_a_missing_folder(tmp_path):
     path = tmp_path / "missing" / "file"
-    with pytest.raises(OutputError, match="missing/file: No such file.*-o") as caught:
+    with pytest.raises(OutputError, match=r"missing/file: No such file.*-o") as caught:
         write(path, b"content")
     assert isinstance(caught.value.__cause__, OSError)
     assert names(tmp_path) == []

@@ -12,6 +12,8 @@ import pytest
 import trtseg
 from tests.golden import GOLDEN, read_golden, read_voxels
 from trtseg.errors import DeviceError, EngineError, EngineMissingError, InputError, ModelError
+from trtseg.home import demo_folder
+from trtseg.models import import_folder
 from trtseg.pipeline import EMPTY_BRAIN, Segmenter, gate
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
@@ -154,17 +156,11 @@ def test_a_built_set_needs_no_checkpoint(engines_root: Path) -> None:
     assert Segmenter("random11", engines=engines_root).models == "random11"
 
 
-def test_a_build_of_another_checkpoint_is_stale(engines_root: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
-    shutil.copytree(engines_root / "demo", tmp_path / "demo")
-    manifest = tmp_path / "demo" / "cgm" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["checkpoint"]["cgm.model.ckpt.index"] = "0" * 64
-    manifest.write_text(json.dumps(content))
+def test_a_build_of_another_checkpoint_is_stale(engines_root: Path) -> None:
+    # The set of that name is another one on this machine: the demo's files.
+    import_folder(demo_folder(), unpublished=True, name="random11")
     with pytest.raises(EngineError, match="another checkpoint"):
-        Segmenter("demo", engines=tmp_path)
+        Segmenter("random11", engines=engines_root)
 
 
 def test_cuda_is_refused_plainly(engines_root: Path) -> None:

@@ -213,6 +213,9 @@ class NetworkSpec:
             A field is missing, unknown, or out of scope.
         """
         try:
+            _refuse_unknown(cls, data)
+            for pathway in data["pathways"]:
+                _refuse_unknown(PathwaySpec, pathway)
             values = {f.name: data[f.name] for f in fields(cls)}
             pathways = tuple(
                 PathwaySpec(
@@ -226,12 +229,18 @@ class NetworkSpec:
             for name in ("fc_maps", "fc_residual_layers", "fc_dropout"):
                 values[name] = tuple(values[name])
             return cls(pathways=pathways, **values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(
                 f"an architecture that cannot be read ({error!r})",
                 expected="the fields this version of trtseg writes",
                 action="build again: trtseg engines build",
             ) from error
+
+
+def _refuse_unknown(kind: Any, data: dict[str, Any]) -> None:
+    unknown = set(data) - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
 
 
 def _check_residuals(

@@ -22,7 +22,14 @@ from typing import Any
 from trtseg import __version__
 from trtseg.architecture import NETWORKS, NetworkSpec
 from trtseg.errors import EngineError, EngineMissingError, ModelError, OutputError
-from trtseg.files import atomic_write, atomic_write_json, make_folder, sha256_bytes, sha256_file
+from trtseg.files import (
+    atomic_write,
+    atomic_write_json,
+    make_folder,
+    sha256_bytes,
+    sha256_file,
+    umask,
+)
 
 #: Layout of the engine folder and meaning of the manifest; a change makes older builds stale.
 SCHEMA = 1
@@ -117,7 +124,7 @@ def load_engine(
             expected=f"{MANIFEST} and the files it lists",
             action=f"build it: {build_command(models)}",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(
             f"{folder / MANIFEST}: not readable ({error})",
             expected="the manifest of a built network",
@@ -166,9 +173,18 @@ def _check_manifest(folder: Path, manifest: Any, models: str, net: str, again: s
     if any(Path(name).name != name for name in files) or not isinstance(checkpoint, dict):
         raise refuse("file names with a folder, or no checkpoint", "plain names and SHA-256")
     try:
-        return NetworkSpec.from_dict(manifest["architecture"])
+        spec = NetworkSpec.from_dict(manifest["architecture"])
     except (KeyError, ModelError) as error:
         raise refuse(f"architecture not readable ({error})", "an architecture") from error
+    if manifest.get("sha256") != _seal(manifest):
+        raise refuse("changed after it was written", "the manifest as the build wrote it")
+    return spec
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all the manifest says, so that no flipped byte of it passes."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return sha256_bytes(json.dumps(rest, sort_keys=True).encode())
 
 
 def write_engine(
@@ -218,11 +234,11 @@ def write_engine(
     except OSError as error:
         raise _unwritable(final.parent, error) from error
     try:
-        staging.chmod(0o755)
+        staging.chmod(0o777 & ~umask())  # mkdtemp's 0700 would hide it from a shared box's users
         for name, content in files.items():
             with atomic_write(staging / name) as stream:
                 stream.write(content)
-        manifest = {
+        manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "models": models,
             "network": net,
@@ -238,6 +254,8 @@ def write_engine(
                 **versions,
             },
         }
+        manifest = json.loads(json.dumps(manifest))
+        manifest["sha256"] = _seal(manifest)
         atomic_write_json(staging / MANIFEST, manifest)
         _swap(staging, final)
     except OSError as error:
@@ -251,12 +269,12 @@ def _swap(staging: Path, final: Path) -> None:
     # A folder cannot be renamed over a filled one, so the old build steps aside first; a process
     # that looks in between finds nothing built, never half a build.
     aside = staging.with_name(f"{staging.name}.old")
-    if final.exists():
-        final.rename(aside)
     try:
+        if final.exists():
+            final.rename(aside)
         staging.rename(final)
-    except OSError:
-        if aside.exists():
+    except BaseException:  # an interrupt in between must not cost the older build
+        if aside.exists() and not final.exists():
             aside.rename(final)
         raise
     shutil.rmtree(aside, ignore_errors=True)

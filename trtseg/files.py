@@ -41,13 +41,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     temporary = None
     try:
         handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:64]}.", suffix=".part"
+            dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".part"
         )
         temporary = Path(name)
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
-            os.fchmod(stream.fileno(), 0o666 & ~_umask())
+            os.fchmod(stream.fileno(), 0o666 & ~umask())
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = None
@@ -112,9 +112,9 @@ def _digest(path: Path, digest: Any) -> str:
     return str(digest.hexdigest())
 
 
-def _umask() -> int:
-    # The only way to read it is to set it; a file made by mkstemp is 0600 and would otherwise stay
-    # unreadable for the group a shared workstation expects.
+def umask() -> int:
+    """The process's file mode mask, for what `tempfile` makes private and a result must not be."""
+    # The only way to read it is to set it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

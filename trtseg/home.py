@@ -7,6 +7,8 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
+from trtseg.errors import UsageError
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -17,7 +19,7 @@ def home() -> Path:
     """
     named = os.environ.get("TRTSEG_HOME")
     if named:
-        return Path(named).expanduser().absolute()
+        return _expanded(Path(named))
     clone = _PACKAGE.parent
     if (clone / "build_engines.py").is_file() and (clone / "pyproject.toml").is_file():
         return clone
@@ -26,7 +28,7 @@ def home() -> Path:
 
 def engines_root(chosen: Path | None = None) -> Path:
     """Folder of built networks, ``<models>/<net>/`` below it: `chosen`, else ``home()/engines``."""
-    return home() / "engines" if chosen is None else chosen.expanduser().absolute()
+    return home() / "engines" if chosen is None else _expanded(chosen)
 
 
 def checkpoints_root() -> Path:
@@ -37,3 +39,12 @@ def checkpoints_root() -> Path:
 def demo_folder() -> Path:
     """Folder of the demo checkpoints and scan that ship inside the package."""
     return _PACKAGE / "demo"
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path}: {error}", expected="a folder", action="write the folder's path out"
+        ) from error

@@ -41,13 +41,15 @@ def z_score(scan: Scan) -> Scan:
     data = scan.data
     mean = _mean(data, lambda slab: slab)
     variance = _mean(data, lambda slab: np.square(slab - mean))
-    if not np.isfinite(mean) or not np.isfinite(variance):
+    # Rounding of the mean can leave a constant image a variance just above 0.
+    constant = bool(data.min() == data.max()) and bool(np.isfinite(mean))
+    if not constant and not (np.isfinite(mean) and np.isfinite(variance)):
         raise InputError(
             "voxel values that are not finite, or too large to average",
             expected="a finite number in every voxel",
             action="repair or convert the scan again",
         )
-    if variance == 0.0:
+    if constant or variance == 0.0:
         raise InputError(
             f"a constant image (every voxel is {mean:g})",
             expected="a scan with some contrast",

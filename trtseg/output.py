@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,4 +142,4 @@ def _check(scans: Sequence[Path], plans: Sequence[OutputPaths], mask: Path | Non
 
 
 def _key(path: Path) -> Path:
-    return path.resolve()
+    return Path(os.path.realpath(path))  # Path.resolve fails on a loop of links in Python < 3.13

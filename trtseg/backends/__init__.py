@@ -36,6 +36,8 @@ def open_backend(device: str, *, threads: int | None = None) -> Backend:
     DeviceError
         The device is not available.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads", expected="at least 1")
     if check_device(device).startswith("cuda"):
         raise DeviceError(
             f"device {device!r}: this version of trtseg has no CUDA runtime",

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
@@ -60,3 +61,10 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the device; loaded networks are unusable afterwards."""
+
+
+def logistic(logit: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probability of class 1 from the class difference, elementwise, float32."""
+    with np.errstate(over="ignore"):  # exp overflows to inf for logits below -88: the result is 0
+        result: NDArray[np.float32] = 1 / (np.float32(1) + np.exp(-logit))
+    return result

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trtseg import tiling
-from trtseg.backends.base import NetworkOutput
+from trtseg.backends.base import NetworkOutput, logistic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class FakeNetwork:
             for start, logit in zip(starts, logits, strict=True):
                 tiling.stitch(labels, start, logit > 0)
                 if maps is not None:
-                    tiling.stitch(maps, start, 1 / (1 + np.exp(-logit)))
+                    tiling.stitch(maps, start, logistic(logit))
             if progress is not None:
                 progress(len(starts))
         return NetworkOutput(labels, maps)

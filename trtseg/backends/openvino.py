@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtseg import tiling
-from trtseg.backends.base import NetworkOutput
+from trtseg.backends.base import NetworkOutput, logistic
 from trtseg.engine import ONNX
 from trtseg.errors import DeviceError, EngineError
 
@@ -155,10 +155,3 @@ def version() -> str:
     import openvino
 
     return str(openvino.__version__)
-
-
-def logistic(logit: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probability of class 1 from the class difference, elementwise, float32."""
-    with np.errstate(over="ignore"):  # exp overflows to inf for logits below -88: the result is 0
-        result: NDArray[np.float32] = 1 / (np.float32(1) + np.exp(-logit))
-    return result

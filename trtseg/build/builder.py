@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trtseg.architecture import NETWORKS, PUBLISHED
-from trtseg.backends.openvino import OpenVINOBackend, OpenVINONetwork, logistic, version
+from trtseg.backends.base import logistic
+from trtseg.backends.openvino import OpenVINOBackend, OpenVINONetwork, version
 from trtseg.build import checkpoint, graph, reference
 from trtseg.build.freeze import FrozenNetwork, freeze
 from trtseg.build.variables import network_variables

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trtseg
+from trtseg import __version__
+from trtseg.architecture import NetworkSpec, PathwaySpec
+from trtseg.engine import (
+    Engine,
+    build_command,
+    build_lock,
+    built_models,
+    engine_folder,
+    is_built,
+    load_engine,
+    write_engine,
+)
+from trtseg.errors import EngineError, EngineMissingError, OutputError
+
+SPEC = NetworkSpec(
+    pathways=(PathwaySpec(1, (2, 3), (), (0.0, 0.0)), PathwaySpec(3, (2, 3), (), (0.0, 0.0))),
+    fc_maps=(6,),
+    fc_residual_layers=(),
+    fc_dropout=(0.0, 0.5),
+    tile=9,
+)
+FILES = {"weights.npz": b"the weights", "network.onnx": b"the graph"}
+CHECKPOINT = {"bdn.model.ckpt.index": "1" * 64, "bdn.model.ckpt.data-00000-of-00001": "2" * 64}
+AGAIN = "build again: trtseg engines build --models tiny"
+
+
+def build(root: Path, models: str = "tiny", net: str = "bdn", **changes: Any) -> Engine:
+    values: dict[str, Any] = {
+        "spec": SPEC,
+        "files": FILES,
+        "checkpoint": CHECKPOINT,
+        "notice": "not for use",
+        "proof": {"largest_difference": 1e-6},
+        "versions": {"numpy": "2.0"},
+    }
+    return write_engine(root, models, net, **{**values, **changes})
+
+
+@pytest.fixture
+def engine(tmp_path) -> Engine:
+    """One built network, under tmp_path / "engines"."""
+    build(tmp_path / "engines")
+    return load_engine(tmp_path / "engines", "tiny", "bdn")
+
+
+@pytest.fixture
+def root(engine) -> Path:
+    return engine.folder.parents[1]
+
+
+def change(engine: Engine, **fields: Any) -> None:
+    """Rewrite fields of the manifest, as a build of those values would have it."""
+    path = engine.folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Round trip
+
+
+def test_write_engine_gives_what_it_wrote(tmp_path):
+    built = build(tmp_path)
+    loaded = load_engine(tmp_path, "tiny", "bdn")
+    assert (built.folder, built.models, built.net) == (loaded.folder, "tiny", "bdn")
+    assert built.spec == loaded.spec == SPEC
+    assert json.loads(json.dumps(dict(built.manifest))) == loaded.manifest
+
+
+def test_round_trip(root, engine):
+    loaded = load_engine(root, "tiny", "bdn", checkpoint=CHECKPOINT)
+    assert loaded.spec == SPEC
+    assert (loaded.models, loaded.net, loaded.notice) == ("tiny", "bdn", "not for use")
+    assert loaded.folder == root / "tiny" / "bdn" == engine_folder(root, "tiny", "bdn")
+    assert loaded.file("network.onnx").read_bytes() == b"the graph"
+    assert loaded.file("weights.npz").read_bytes() == b"the weights"
+
+
+def test_what_lies_in_the_folder(root, engine):
+    assert names(root) == ["tiny"]
+    assert names(root / "tiny") == ["bdn"]
+    assert names(engine.folder) == ["manifest.json", "network.onnx", "weights.npz"]
+
+
+def test_what_the_manifest_says(engine):
+    manifest = json.loads((engine.folder / "manifest.json").read_text())
+    assert manifest["schema"] == 1
+    assert (manifest["models"], manifest["network"]) == ("tiny", "bdn")
+    assert manifest["tile"] == 9
+    # from sha256sum
+    assert manifest["files"] == {
+        "weights.npz": "f38329d231164082b94f28edf29bff349b44403e09fc4057d65b31051f4ae6b5",
+        "network.onnx": "16b9f2912007922fe48f5343d131850f01f2095edbc97bf38d36efc3178bafc2",
+    }
+    assert manifest["checkpoint"] == CHECKPOINT
+    assert manifest["proof"] == {"largest_difference": 1e-6}
+    assert manifest["versions"]["trtseg"] == __version__
+    assert manifest["versions"]["numpy"] == "2.0"
+
+
+def test_the_manifest_names_no_place(tmp_path, engine):
+    assert str(tmp_path) not in (engine.folder / "manifest.json").read_text()
+
+
+def test_without_a_notice(tmp_path):
+    build(tmp_path, notice="")
+    assert load_engine(tmp_path, "tiny", "bdn").notice == ""
+
+
+def test_the_checkpoint_need_not_be_known(root):
+    assert load_engine(root, "tiny", "bdn").manifest["checkpoint"] == CHECKPOINT
+
+
+def test_more_files_than_the_two(tmp_path):
+    build(tmp_path, files={**FILES, "kernels.cu": b"more"})
+    assert load_engine(tmp_path, "tiny", "bdn").file("kernels.cu").read_bytes() == b"more"
+    (tmp_path / "tiny" / "bdn" / "kernels.cu").write_bytes(b"mare")
+    with pytest.raises(EngineError, match=r"kernels\.cu: SHA-256"):
+        load_engine(tmp_path, "tiny", "bdn")
+
+
+def test_a_build_replaces_the_older_one_whole(root, engine):
+    build(root, files={**FILES, "extra": b""})
+    build(root, files={"weights.npz": b"new", "network.onnx": b"new"}, notice="newer")
+    loaded = load_engine(root, "tiny", "bdn")
+    assert loaded.notice == "newer"
+    assert names(loaded.folder) == ["manifest.json", "network.onnx", "weights.npz"]
+    assert names(root / "tiny") == ["bdn"]
+
+
+def test_a_moved_engines_folder_still_loads(root, tmp_path):
+    shutil.move(root, tmp_path / "moved")
+    assert load_engine(tmp_path / "moved", "tiny", "bdn").folder == (
+        tmp_path / "moved" / "tiny" / "bdn"
+    )
+
+
+# Nothing built
+
+
+@pytest.mark.parametrize(("models", "net"), [("other", "bdn"), ("tiny", "cgm")])
+def test_nothing_built(root, models, net):
+    with pytest.raises(EngineMissingError, match=f"nothing is built for {net.upper()}") as caught:
+        load_engine(root, models, net)
+    assert caught.value.action == f"build it: trtseg engines build --models {models}"
+    assert caught.value.__suppress_context__
+
+
+def test_no_engines_folder(tmp_path):
+    with pytest.raises(EngineMissingError, match="nothing is built"):
+        load_engine(tmp_path / "none", "tiny", "bdn")
+
+
+def test_build_command():
+    assert build_command("published") == "trtseg engines build --models published"
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_any_byte_of_a_file_counts(root, engine, name):
+    path = engine.folder / name
+    content = path.read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(EngineError) as caught:
+            load_engine(root, "tiny", "bdn")
+        assert str(caught.value).startswith(f"{path}: SHA-256 ")
+        assert caught.value.action == AGAIN
+
+
+@pytest.mark.parametrize("bit", [1, 0x20])
+def test_any_byte_of_the_manifest_counts(root, engine, bit):
+    """Whatever flips, either the manifest is refused or it says the same."""
+    path = engine.folder / "manifest.json"
+    content = path.read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= bit
+        path.write_bytes(damaged)
+        try:
+            loaded = load_engine(root, "tiny", "bdn")
+        except EngineError as error:
+            refusal = str(error)
+        else:
+            refusal = ""
+            assert loaded == engine, f"byte {position}: {bytes(damaged[position - 20 :][:40])!r}"
+        assert refusal == "" or str(engine.folder) in refusal
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("content", [b"", b"the", b"the weights and more"])
+def test_a_file_of_another_length(root, engine, name, content):
+    (engine.folder / name).write_bytes(content)
+    with pytest.raises(EngineError, match=f"{name}: SHA-256.*damaged or foreign"):
+        load_engine(root, "tiny", "bdn")
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_missing_file(root, engine, name):
+    (engine.folder / name).unlink()
+    with pytest.raises(EngineError, match=f"{name}: No such file") as caught:
+        load_engine(root, "tiny", "bdn")
+    assert not isinstance(caught.value, EngineMissingError)
+    assert caught.value.action == AGAIN
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_folder_in_place_of_a_file(root, engine, name):
+    (engine.folder / name).unlink()
+    (engine.folder / name).mkdir()
+    with pytest.raises(EngineError, match=f"{name}: Is a directory"):
+        load_engine(root, "tiny", "bdn")
+
+
+def test_a_folder_in_place_of_the_manifest(root, engine):
+    (engine.folder / "manifest.json").unlink()
+    (engine.folder / "manifest.json").mkdir()
+    with pytest.raises(EngineError, match=r"manifest\.json: not readable"):
+        load_engine(root, "tiny", "bdn")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not JSON", b"\xff\xfe\x00", b"{'a': 1}"])
+def test_a_manifest_that_is_no_json(root, engine, content):
+    (engine.folder / "manifest.json").write_bytes(content)
+    with pytest.raises(EngineError, match=r"manifest\.json: not readable") as caught:
+        load_engine(root, "tiny", "bdn")
+    assert caught.value.action == AGAIN
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
+def test_a_manifest_that_is_no_object(root, engine, content):
+    (engine.folder / "manifest.json").write_text(content)
+    with pytest.raises(EngineError, match=r"manifest\.json: not a JSON object"):
+        load_engine(root, "tiny", "bdn")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("schema", 0, "layout 0; expected layout 1"),
+        ("schema", 2, "layout 2; expected layout 1"),
+        ("schema", "1", "layout '1'; expected layout 1"),
+        ("schema", None, "layout None; expected layout 1"),
+        ("models", "other", "models 'other'; expected 'tiny'"),
+        ("network", "cgm", "network 'cgm'; expected 'bdn'"),
+        ("files", None, "files are not listed"),
+        ("files", [], "files are not listed"),
+        ("files", {}, "files are not listed"),
+        ("files", {"weights.npz": "0" * 64}, "files are not listed"),
+        ("checkpoint", None, "no checkpoint"),
+        ("checkpoint", "0" * 64, "no checkpoint"),
+        ("architecture", None, "architecture not readable"),
+        ("architecture", {}, "architecture not readable"),
+        ("architecture", {**SPEC.to_dict(), "tile": 4}, "architecture not readable.*field, 5"),
+    ],
+)
+def test_a_manifest_of_other_values(root, engine, field, value, message):
+    change(engine, **{field: value})
+    with pytest.raises(EngineError, match=message) as caught:
+        load_engine(root, "tiny", "bdn")
+    assert str(caught.value).startswith(f"{engine.folder / 'manifest.json'}: ")
+    assert caught.value.action == AGAIN
+
+
+@pytest.mark.parametrize(
+    "field", ["schema", "models", "network", "files", "checkpoint", "architecture"]
+)
+def test_a_manifest_without_a_field(root, engine, field):
+    path = engine.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[field]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(EngineError, match=r"manifest\.json"):
+        load_engine(root, "tiny", "bdn")
+
+
+@pytest.mark.parametrize("name", ["../bdn/weights.npz", "/etc/hostname", "sub/file", "./file"])
+def test_a_file_name_with_a_folder_is_not_followed(root, engine, name):
+    digests = dict(engine.manifest["files"])
+    change(engine, files={**digests, name: digests["weights.npz"]})
+    with pytest.raises(EngineError, match="file names with a folder"):
+        load_engine(root, "tiny", "bdn")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "nul\0", "\ud800"])
+def test_a_file_name_that_names_no_file(root, engine, name):
+    change(engine, files={**engine.manifest["files"], name: "0" * 64})
+    with pytest.raises(EngineError):
+        load_engine(root, "tiny", "bdn")
+
+
+@pytest.mark.parametrize("digest", [None, 0, "", ["0" * 64]])
+def test_a_digest_that_is_none(root, engine, digest):
+    change(engine, files={**engine.manifest["files"], "weights.npz": digest})
+    with pytest.raises(EngineError, match=r"weights\.npz|manifest\.json"):
+        load_engine(root, "tiny", "bdn")
+
+
+def test_an_engine_under_another_name(root, engine):
+    shutil.copytree(root / "tiny", root / "copy")
+    with pytest.raises(EngineError, match="models 'tiny'; expected 'copy'"):
+        load_engine(root, "copy", "bdn")
+    shutil.copytree(root / "tiny" / "bdn", root / "tiny" / "cgm")
+    with pytest.raises(EngineError, match="network 'bdn'; expected 'cgm'"):
+        load_engine(root, "tiny", "cgm")
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {},
+        {**CHECKPOINT, "bdn.model.ckpt.index": "3" * 64},
+        {**CHECKPOINT, "bdn.cfg": "3" * 64},
+        {"bdn.model.ckpt.index": "1" * 64},
+    ],
+)
+def test_a_stale_build(root, engine, checkpoint):
+    with pytest.raises(EngineError, match="built from another checkpoint") as caught:
+        load_engine(root, "tiny", "bdn", checkpoint=checkpoint)
+    assert str(engine.folder) in str(caught.value)
+    assert caught.value.action == AGAIN
+
+
+# Writing fails
+
+
+class Interrupted(dict):
+    """Files of which the second never comes."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__({"weights.npz": b"half a build"})
+        self.error = error
+
+    def items(self):  # type: ignore[override]
+        yield from super().items()
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, ValueError])
+def test_an_interrupted_write_leaves_the_older_build(root, engine, kind):
+    with pytest.raises(kind):
+        build(root, files=Interrupted(kind()))
+    assert load_engine(root, "tiny", "bdn") == engine
+    assert names(root / "tiny") == ["bdn"]
+
+
+def test_an_interrupted_first_write_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, files=Interrupted(KeyboardInterrupt()))
+    assert names(tmp_path / "tiny") == []
+    assert built_models(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_older_build(root, engine, monkeypatch):
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="No space left on device"):
+        build(root, notice="newer")
+    assert load_engine(root, "tiny", "bdn") == engine
+    assert names(root / "tiny") == ["bdn"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(5, "Input/output error"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_a_failed_swap_puts_the_older_build_back(root, engine, monkeypatch, error, raised):
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if Path(target) == engine.folder and not self.name.endswith(".old"):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(raised):
+        build(root, notice="newer")
+    assert load_engine(root, "tiny", "bdn") == engine
+    assert names(root / "tiny") == ["bdn"]
+
+
+@pytest.mark.parametrize("place", ["engines", "engines/tiny"])
+def test_a_file_where_a_folder_must_be(tmp_path, place):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"a file")
+    with pytest.raises(OutputError, match=str(path)):
+        build(tmp_path / "engines")
+    assert path.read_bytes() == b"a file"
+
+
+# What is built
+
+
+def test_built_models_needs_both_networks(tmp_path):
+    build(tmp_path, "whole", "cgm")
+    assert not is_built(tmp_path, "whole")
+    build(tmp_path, "whole", "bdn")
+    assert is_built(tmp_path, "whole")
+    build(tmp_path, "half", "bdn")
+    for net in ("bdn", "cgm"):
+        build(tmp_path, "another", net)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "empty").mkdir()
+    with build_lock(tmp_path, "whole"):
+        assert built_models(tmp_path) == ["another", "whole"]
+
+
+def test_built_models_without_a_folder(tmp_path):
+    assert built_models(tmp_path / "none") == []
+    (tmp_path / "file").touch()
+    assert built_models(tmp_path / "file") == []
+    assert not is_built(tmp_path / "file", "tiny")
+
+
+# The lock
+
+
+def is_locked(root: Path, models: str) -> bool:
+    with (root / f".{models}.lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_the_lock_is_held_inside_only(tmp_path):
+    root = tmp_path / "engines"
+    with build_lock(root, "tiny"):
+        assert is_locked(root, "tiny")
+    assert not is_locked(root, "tiny")
+
+
+def test_the_lock_is_released_on_an_exception(tmp_path):
+    with pytest.raises(KeyboardInterrupt), build_lock(tmp_path, "tiny"):
+        raise KeyboardInterrupt
+    assert not is_locked(tmp_path, "tiny")
+
+
+def test_the_lock_is_per_model_set(tmp_path):
+    with build_lock(tmp_path, "tiny"), build_lock(tmp_path, "other"):
+        assert is_locked(tmp_path, "tiny")
+        assert is_locked(tmp_path, "other")
+
+
+def test_builders_of_one_model_set_take_turns(tmp_path):
+    log: list[tuple[str, int]] = []
+
+    def builder(number: int) -> None:
+        with build_lock(tmp_path, "tiny"):
+            log.append(("in", number))
+            time.sleep(0.005)  # so that builders that do not wait are seen to overlap
+            log.append(("out", number))
+
+    threads = [threading.Thread(target=builder, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(log) == 10
+    for entry, leave in zip(log[::2], log[1::2], strict=True):
+        assert (entry[0], leave[0]) == ("in", "out")
+        assert entry[1] == leave[1]
+
+
+def test_the_lock_holds_against_another_process(tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+from trtseg.engine import build_lock
+with build_lock(Path({str(tmp_path)!r}), "tiny"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(trtseg.__file__).parents[1],
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        assert is_locked(tmp_path, "tiny")
+        holder.communicate()  # closes its stdin, on which it ends
+    assert holder.returncode == 0
+    assert not is_locked(tmp_path, "tiny")
+
+
+def test_no_lock_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file"), build_lock(tmp_path / "file", "tiny"):
+        pytest.fail("entered without a lock")

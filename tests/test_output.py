@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from trtseg.errors import OutputError, UsageError
+from trtseg.nifti import scan_from_array
+from trtseg.output import OutputPaths, plan_outputs, save
+from trtseg.pipeline import Segmentation
+
+AFFINE = np.array(
+    [[0.8, 0.0, 0.0, -10.0], [0.0, 0.0, -1.2, 20.0], [0.0, 0.8, 0.0, -30.0], [0.0, 0.0, 0.0, 1.0]]
+)
+
+
+def scans(folder: Path, *names: str) -> list[Path]:
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return paths
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Names
+
+
+def test_beside_the_scan_by_default(tmp_path):
+    [plan] = plan_outputs(scans(tmp_path, "sub/scan.nii.gz"), None)
+    assert plan == OutputPaths(
+        cortex=tmp_path / "sub" / "scan_cgm.nii.gz",
+        brain=tmp_path / "sub" / "scan_brain.nii.gz",
+        cortex_probabilities=None,
+        brain_probabilities=None,
+    )
+    assert plan.all() == (plan.cortex, plan.brain)
+
+
+def test_in_a_folder_that_need_not_exist(tmp_path):
+    plans = plan_outputs(
+        scans(tmp_path, "a/one.nii", "b/two.nii.gz"), tmp_path / "out" / "deep", probabilities=True
+    )
+    out = tmp_path / "out" / "deep"
+    assert plans == [
+        OutputPaths(
+            cortex=out / "one_cgm.nii.gz",
+            brain=out / "one_brain.nii.gz",
+            cortex_probabilities=out / "one_cgm_prob.nii.gz",
+            brain_probabilities=out / "one_brain_prob.nii.gz",
+        ),
+        OutputPaths(
+            cortex=out / "two_cgm.nii.gz",
+            brain=out / "two_brain.nii.gz",
+            cortex_probabilities=out / "two_cgm_prob.nii.gz",
+            brain_probabilities=out / "two_brain_prob.nii.gz",
+        ),
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["cortex.nii", "cortex.nii.gz", "CORTEX.NII.GZ"])
+def test_one_named_file(tmp_path, name):
+    [plan] = plan_outputs(
+        scans(tmp_path, "a/scan.nii.gz"), tmp_path / "out" / name, probabilities=True
+    )
+    assert plan == OutputPaths(
+        cortex=tmp_path / "out" / name,
+        brain=tmp_path / "out" / "scan_brain.nii.gz",
+        cortex_probabilities=tmp_path / "out" / "scan_cgm_prob.nii.gz",
+        brain_probabilities=tmp_path / "out" / "scan_brain_prob.nii.gz",
+    )
+
+
+def test_a_named_file_may_replace_an_older_result(tmp_path):
+    [scan, older] = scans(tmp_path, "scan.nii.gz", "cortex.nii.gz")
+    assert plan_outputs([scan], older)[0].cortex == older
+
+
+@pytest.mark.parametrize("name", ["results.nii", "results.nii.gz"])
+def test_a_folder_that_is_called_like_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    plans = plan_outputs(scans(tmp_path, "a.nii", "b.nii"), tmp_path / name)
+    assert [plan.cortex for plan in plans] == [
+        tmp_path / name / "a_cgm.nii.gz",
+        tmp_path / name / "b_cgm.nii.gz",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scan", "stem"),
+    [
+        ("scan.nii", "scan"),
+        ("scan.NII.GZ", "scan"),
+        ("scan.hdr", "scan"),
+        ("scan.img", "scan"),
+        ("sub-01_ses-2_T2w.nii.gz", "sub-01_ses-2_T2w"),
+        ("v1.2.nii.gz", "v1.2"),
+        ("scan.nii.nii.gz", "scan.nii"),
+    ],
+)
+def test_stems(tmp_path, scan, stem):
+    [plan] = plan_outputs(scans(tmp_path, scan), tmp_path / "out")
+    assert plan.brain == tmp_path / "out" / f"{stem}_brain.nii.gz"
+
+
+def test_no_probability_of_a_given_brain(tmp_path):
+    [scan, mask] = scans(tmp_path, "scan.nii", "mask.nii")
+    [plan] = plan_outputs([scan], None, mask=mask, probabilities=True)
+    assert plan.brain_probabilities is None
+    assert plan.brain == tmp_path / "scan_brain.nii.gz"
+    assert plan.cortex_probabilities == tmp_path / "scan_cgm_prob.nii.gz"
+    assert plan.all() == (plan.cortex, plan.brain, plan.cortex_probabilities)
+
+
+def test_same_names_in_different_folders_go_beside_their_scans(tmp_path):
+    plans = plan_outputs(scans(tmp_path, "a/scan.nii", "b/scan.nii"), None)
+    assert [plan.cortex for plan in plans] == [
+        tmp_path / "a" / "scan_cgm.nii.gz",
+        tmp_path / "b" / "scan_cgm.nii.gz",
+    ]
+
+
+def test_no_scans(tmp_path):
+    assert plan_outputs([], tmp_path) == []
+
+
+# Refusals
+
+
+def refuse(paths: list[Path], out: Path | None, message: str, **options) -> UsageError:
+    with pytest.raises(UsageError, match=message) as caught:
+        plan_outputs(paths, out, **options)
+    assert caught.value.action
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["cortex.nii", "cortex.nii.gz"])
+def test_one_file_for_several_scans(tmp_path, name):
+    error = refuse(
+        scans(tmp_path, "a.nii", "b.nii"), tmp_path / name, "one file, and 2 scans are given"
+    )
+    assert error.action == "give -o a folder"
+
+
+def test_same_names_from_different_folders_into_one(tmp_path):
+    [a, b] = scans(tmp_path, "a/scan.nii", "b/scan.nii")
+    error = refuse([a, b], tmp_path / "out", "would both write")
+    assert str(error).startswith(
+        f"{a} and {b} would both write {tmp_path / 'out' / 'scan_cgm.nii.gz'};"
+    )
+
+
+@pytest.mark.parametrize("other", ["scan.nii.gz", "scan.hdr", "scan.NII"])
+def test_same_stem_in_one_folder(tmp_path, other):
+    refuse(scans(tmp_path, "scan.nii", other), None, r"both write .*scan_cgm\.nii\.gz")
+
+
+def test_a_scan_given_twice(tmp_path):
+    [scan] = scans(tmp_path, "scan.nii")
+    refuse([scan, scan], None, "both write")
+    refuse([scan, tmp_path / "x" / ".." / "scan.nii"], None, "both write")
+
+
+def test_a_folder_reached_by_two_names(tmp_path):
+    [scan] = scans(tmp_path, "real/scan.nii")
+    (tmp_path / "link").symlink_to("real")
+    refuse([scan, tmp_path / "link" / "scan.nii"], None, "both write")
+
+
+def test_one_scan_whose_maps_would_collide(tmp_path):
+    [scan] = scans(tmp_path, "scan.nii")
+    refuse([scan], tmp_path / "scan_brain.nii.gz", r"both write .*scan_brain\.nii\.gz")
+    named = tmp_path / "scan_cgm_prob.nii.gz"
+    refuse([scan], named, r"both write .*scan_cgm_prob", probabilities=True)
+    assert plan_outputs([scan], named)[0].cortex == named
+
+
+def test_an_output_equal_to_its_scan(tmp_path):
+    [scan] = scans(tmp_path, "scan.nii.gz")
+    error = refuse([scan], scan, "would overwrite the input")
+    assert str(error).startswith(f"{scan} would overwrite the input {scan};")
+
+
+def test_an_output_equal_to_its_scan_by_another_name(tmp_path, monkeypatch):
+    [scan] = scans(tmp_path, "scan.nii.gz")
+    (tmp_path / "link.nii.gz").symlink_to("scan.nii.gz")
+    refuse([scan], tmp_path / "link.nii.gz", "would overwrite the input")
+    refuse([tmp_path / "link.nii.gz"], scan, "would overwrite the input")
+    refuse([scan], tmp_path / "x" / ".." / "scan.nii.gz", "would overwrite the input")
+    monkeypatch.chdir(tmp_path)
+    refuse([scan], Path("scan.nii.gz"), "would overwrite the input")
+
+
+def test_an_output_equal_to_another_scan(tmp_path):
+    [scan, other] = scans(tmp_path, "scan.nii.gz", "scan_brain.nii.gz")
+    refuse([scan, other], None, r"scan_brain\.nii\.gz would overwrite the input")
+    refuse([other, scan], None, r"scan_brain\.nii\.gz would overwrite the input")
+
+
+def test_an_older_result_that_is_no_input_may_be_replaced(tmp_path):
+    [scan, older] = scans(tmp_path, "scan.nii.gz", "scan_brain.nii.gz")
+    assert plan_outputs([scan], None)[0].brain == older
+
+
+def test_an_output_equal_to_the_mask(tmp_path):
+    [scan, mask] = scans(tmp_path, "scan.nii.gz", "scan_brain.nii.gz")
+    refuse([scan], None, "would overwrite the input", mask=mask)
+    refuse([scan], mask, "would overwrite the input", mask=mask)
+    (tmp_path / "mask.nii.gz").symlink_to("scan_brain.nii.gz")
+    refuse([scan], None, "would overwrite the input", mask=tmp_path / "mask.nii.gz")
+
+
+def test_a_planned_probability_map_counts_too(tmp_path):
+    [scan, mask] = scans(tmp_path, "scan.nii.gz", "scan_cgm_prob.nii.gz")
+    refuse([scan], None, "would overwrite the input", mask=mask, probabilities=True)
+    assert plan_outputs([scan], None, mask=mask)
+
+
+def test_a_link_that_leads_round_in_a_circle(tmp_path):
+    (tmp_path / "scan.nii.gz").symlink_to("scan.nii.gz")
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None)
+    assert plan.cortex == tmp_path / "scan_cgm.nii.gz"
+
+
+# Writing
+
+
+def segmentation(*, probabilities: bool = True) -> Segmentation:
+    shape = (3, 4, 5)
+    brain = np.zeros(shape, np.uint8)
+    brain[1:] = 1
+    cortex = np.zeros(shape, np.uint8)
+    cortex[2, 1:] = 1
+    chance = np.linspace(0, 1, 60, dtype=np.float32).reshape(shape)
+    return Segmentation(
+        cortex=cortex,
+        brain=brain,
+        geometry=scan_from_array(np.arange(60.0).reshape(shape), AFFINE).geometry,
+        brain_ml=1.0,
+        cortex_ml=0.5,
+        times={},
+        cortex_probabilities=chance * brain if probabilities else None,
+        brain_probabilities=chance if probabilities else None,
+        models="demo",
+        device="cpu",
+        notice="demo weights",
+    )
+
+
+def read(path: Path) -> tuple[np.ndarray, nibabel.Nifti1Image]:
+    image = nibabel.load(path)
+    return np.asanyarray(image.dataobj), image
+
+
+def test_save_writes_every_map(tmp_path):
+    result = segmentation()
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], tmp_path / "new" / "out", probabilities=True)
+    save(result, plan)
+    assert names(tmp_path / "new" / "out") == [
+        "scan_brain.nii.gz",
+        "scan_brain_prob.nii.gz",
+        "scan_cgm.nii.gz",
+        "scan_cgm_prob.nii.gz",
+    ]
+    assert plan.cortex_probabilities is not None
+    assert plan.brain_probabilities is not None
+    for path, expected in (
+        (plan.cortex, result.cortex),
+        (plan.brain, result.brain),
+        (plan.cortex_probabilities, result.cortex_probabilities),
+        (plan.brain_probabilities, result.brain_probabilities),
+    ):
+        data, image = read(path)
+        np.testing.assert_array_equal(data, expected)
+        assert data.dtype == expected.dtype
+        np.testing.assert_array_equal(image.affine, AFFINE.astype(np.float32))
+        assert image.header["descrip"].item() == b"demo weights"
+
+
+def test_save_without_probabilities(tmp_path):
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None)
+    save(segmentation(probabilities=False), plan)
+    assert names(tmp_path) == ["scan_brain.nii.gz", "scan_cgm.nii.gz"]
+
+
+def test_save_keeps_to_the_plan(tmp_path):
+    """Maps that were computed but not asked for are not written."""
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None)
+    save(segmentation(), plan)
+    assert names(tmp_path) == ["scan_brain.nii.gz", "scan_cgm.nii.gz"]
+
+
+def test_save_of_a_given_brain(tmp_path):
+    result = replace(segmentation(), brain_probabilities=None)
+    [plan] = plan_outputs(
+        [tmp_path / "scan.nii.gz"], None, mask=tmp_path / "mask.nii.gz", probabilities=True
+    )
+    save(result, plan)
+    assert names(tmp_path) == ["scan_brain.nii.gz", "scan_cgm.nii.gz", "scan_cgm_prob.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["cortex.nii", "CORTEX.NII.GZ"])
+def test_save_under_a_name_of_its_own(tmp_path, name):
+    result = segmentation(probabilities=False)
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], tmp_path / "out" / name)
+    save(result, plan)
+    assert names(tmp_path / "out") == sorted([name, "scan_brain.nii.gz"])
+    content = (tmp_path / "out" / name).read_bytes()
+    assert content.startswith(b"\x1f\x8b") == name.endswith("GZ")
+
+
+def test_save_replaces_older_results(tmp_path):
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None)
+    for path in plan.all():
+        path.write_bytes(b"older")
+    result = segmentation(probabilities=False)
+    save(result, plan)
+    np.testing.assert_array_equal(read(plan.cortex)[0], result.cortex)
+    assert names(tmp_path) == ["scan_brain.nii.gz", "scan_cgm.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "blocked", ["scan_brain.nii.gz", "scan_brain_prob.nii.gz", "scan_cgm_prob.nii.gz"]
+)
+def test_the_cortex_is_written_last(tmp_path, blocked):
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None, probabilities=True)
+    (tmp_path / blocked).mkdir()
+    with pytest.raises(OutputError, match=f"{blocked}: Is a directory"):
+        save(segmentation(), plan)
+    assert not plan.cortex.exists()
+    assert not [name for name in names(tmp_path) if name.endswith(".part")]
+
+
+def test_save_where_no_folder_can_be(tmp_path):
+    (tmp_path / "out").write_bytes(b"a file")
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], tmp_path / "out")
+    with pytest.raises(OutputError, match="out: File exists"):
+        save(segmentation(), plan)
+    assert (tmp_path / "out").read_bytes() == b"a file"
