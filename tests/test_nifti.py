@@ -17,15 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 
+from tests.golden import GOLDEN
 from trtseg import nifti
 from trtseg.errors import InputError, OutputError
+from trtseg.home import demo_folder
 from trtseg.scan import Geometry
 
+# Rotated about two axes, by the angles of Pythagorean triples; sides of 0.8, 0.75 and 0.75 mm.
 AFFINE = np.array(
     [
-        [-0.8, 0.0125, 0.0, 50.0],
-        [-0.0125, -0.75, -0.25, 66.5],
-        [0.0, -0.25, 0.75, -43.25],
+        [-0.784158, 0.142574, -0.041584, 50.0],
+        [-0.158416, -0.705743, 0.205842, 66.5],
+        [0.0, 0.21, 0.72, -43.25],
         [0.0, 0.0, 0.0, 1.0],
     ]
 )
@@ -172,7 +175,7 @@ def test_analyze_pair_is_read_with_a_warning(tmp_path):
     header = Spm2AnalyzeHeader()
     header.set_data_dtype(np.int16)
     header.set_data_shape(SHAPE)
-    header.set_zooms((0.75, 0.75, 1.5))
+    header.set_zooms((0.75, 0.75, 1.0))
     header["scl_slope"] = 2
     (tmp_path / "a.hdr").write_bytes(header.binaryblock)
     (tmp_path / "a.img").write_bytes(ramp().tobytes(order="F"))
@@ -241,6 +244,125 @@ def test_unit_other_than_mm_is_read_with_a_warning(tmp_path, units, name):
     assert scan.warnings == (
         f"header with the {name} as its unit: read as mm, as nibabel reads it",
     )
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.009])
+def test_forms_that_agree_are_not_spoken_of(tmp_path, shift):
+    path = save(tmp_path / "a.nii", file_bytes(ramp(), qoffset_x=50 + shift))
+
+    assert nifti.read_scan(path).warnings == ()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("endian", ["<", ">"])
+@pytest.mark.parametrize(
+    ("fields", "distance"),
+    [
+        ({"qoffset_x": 50.012}, "up to 0.012 mm apart"),
+        ({"qoffset_x": 53, "qoffset_y": 62.5}, "up to 5 mm apart"),
+        ({"quatern_b": 1.1}, "apart beyond measure"),  # longer than any rotation's
+        ({"quatern_b": np.nan}, "apart beyond measure"),
+    ],
+)
+def test_forms_that_disagree_are_read_with_a_warning(tmp_path, version, endian, fields, distance):
+    content = file_bytes(ramp(), version=version, endian=endian, **fields)
+
+    scan = nifti.read_scan(save(tmp_path / "a.nii", content))
+
+    np.testing.assert_allclose(scan.geometry.affine, AFFINE, atol=1e-5)  # the sform
+    (warning,) = scan.warnings
+    assert warning.startswith(f"qform and sform put the same voxel {distance}, expected within")
+    assert nifti.form_conflict(scan.geometry, scan.shape) in warning
+
+
+@pytest.mark.parametrize("code", ["qform_code", "sform_code"])
+@pytest.mark.parametrize("value", [0, 77])  # 77 stands for 0
+def test_a_form_without_a_code_disagrees_with_nothing(tmp_path, code, value):
+    fields = {code: value, "qoffset_x": 90}
+    scan = nifti.read_scan(save(tmp_path / "a.nii", file_bytes(ramp(), **fields)))
+
+    assert scan.warnings == ()
+    assert nifti.has_orientation(scan.geometry)
+
+
+def test_distance_is_taken_at_the_far_corners(tmp_path):
+    # Half a turn about the first voxel: the opposite corner, 3 x 0.8, 4 x 0.75 and 5 x 0.75 mm
+    # from it, would lie twice sqrt(2.4^2 + 3^2) mm from where the sform has it.
+    straight = np.diag([0.8, 0.75, 0.75, 1])
+    header = make_header(SHAPE, "i2")
+    header.set_sform(straight, code="scanner")
+    header.set_qform(np.diag([-1, -1, 1, 1]) @ straight, code="scanner")
+    geometry = nifti.scan_from_image(nibabel.Nifti1Image(ramp(), straight, header)).geometry
+
+    assert "up to 7.68 mm apart" in nifti.form_conflict(geometry, SHAPE)
+    assert nifti.form_conflict(geometry, (1, 1, 6)) == ""
+
+
+def sheared(degrees: float) -> np.ndarray:
+    affine = AFFINE.copy()
+    angle = np.radians(degrees)
+    first, second = (AFFINE[:3, axis] / np.linalg.norm(AFFINE[:3, axis]) for axis in (0, 1))
+    affine[:3, 1] = 0.75 * (np.cos(angle) * first + np.sin(angle) * second)
+    return affine
+
+
+@pytest.mark.parametrize(("degrees", "said"), [(85, "85.00"), (95, "85.00"), (89.88, "89.88")])
+def test_sheared_affine_is_taken_with_a_warning(degrees, said):
+    (warning,) = nifti.scan_from_array(ramp(), sheared(degrees)).warnings
+
+    assert warning.startswith(
+        f"sheared affine, with voxel axes at {said} degrees, expected 90 within 0.1:"
+    )
+
+
+@pytest.mark.parametrize("degrees", [89.92, 90, 90.08])
+def test_shear_of_rounding_is_not_spoken_of(degrees):
+    assert nifti.scan_from_array(ramp(), sheared(degrees)).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0.5, 0.5, 0.5), (1.2, 1.2, 1.2), (0.8, 0.8, 1.2), (0.5, 0.75, 0.6), (1, 1, 1)]
+)
+def test_voxels_of_the_known_sizes_are_not_spoken_of(sizes):
+    affine = np.diag([*sizes, 1]) @ np.diag([-1, -1, 1, 1])
+    assert nifti.scan_from_array(ramp(), affine).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((0.49, 0.49, 0.49), "0.49 x 0.49 x 0.49 mm"),
+        ((1, 1, 1.25), "1 x 1 x 1.25 mm"),
+        ((0.75, 0.75, 1.15), "0.75 x 0.75 x 1.15 mm"),
+        ((1.1, 1.1, 3.3), "1.1 x 1.1 x 3.3 mm"),
+        ((8e-4, 8e-4, 8e-4), "0.0008 x 0.0008 x 0.0008 mm"),
+    ],
+)
+def test_voxels_of_other_sizes_are_taken_with_a_warning(sizes, said):
+    affine = np.diag([-1, -1, 1, 1]) @ AFFINE @ np.diag([*np.divide(sizes, (0.8, 0.75, 0.75)), 1])
+    (warning,) = nifti.scan_from_array(ramp(), affine).warnings
+
+    assert warning.startswith(
+        f"voxels of {said}, expected sides of 0.5 to 1.2 mm and none over 1.5 times another "
+    )
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.MGHImage])
+def test_image_in_memory_gets_the_same_warnings(kind):
+    affine = AFFINE @ np.diag([2, 2, 2, 1])
+    warnings = nifti.scan_from_image(kind(ramp(dtype="f4"), affine)).warnings
+
+    assert warnings == nifti.scan_from_array(ramp(), affine).warnings
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(GOLDEN.glob("*/scan.nii.gz")), demo_folder() / "phantom_23w.nii.gz"],
+    ids=lambda path: path.parent.name,
+)
+def test_phantoms_have_nothing_to_warn_of(path):
+    assert nifti.read_scan(path).warnings == ()
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

@@ -421,18 +421,41 @@ def test_tiles_of_a_roi_are_a_literal_few():
     assert tiling.plan_tiles(roi.shape, PUBLISHED, roi).starts.tolist() == [[0, 0, 30]]
     roi[29, 30, 0] = True
     assert tiling.plan_tiles(roi.shape, PUBLISHED, roi).starts.tolist() == [[1, 2, 0], [0, 0, 30]]
-    roi[5, 5, 40] = True  # all tiles but those that start at 0 along the third axis
-    assert tiling.plan_tiles(roi.shape, PUBLISHED, roi).starts.tolist() == [
-        [1, 2, 0],
-        [0, 0, 29],
-        [1, 0, 29],
-        [0, 2, 29],
-        [1, 2, 29],
-        [0, 0, 30],
-        [1, 0, 30],
-        [0, 2, 30],
-        [1, 2, 30],
+    roi[5, 5, 40] = True
+    roi[7, 2, 41] = True
+    plan = tiling.plan_tiles(roi.shape, PUBLISHED, roi)
+    assert plan.starts.tolist() == [[1, 2, 0], [0, 0, 30], [1, 2, 30]]
+    assert plan.boxes.tolist() == [
+        [[29, 30], [30, 31], [0, 1]],
+        [[0, 1], [0, 1], [58, 59]],
+        [[5, 8], [2, 6], [40, 42]],
     ]
+
+
+def test_what_each_tile_decides_is_a_literal_table():
+    plan = tiling.plan_tiles((30, 12, 105), PUBLISHED)
+    assert plan.starts.tolist() == [
+        [0, 0, 0], [1, 0, 0], [0, 0, 29], [1, 0, 29],
+        [0, 0, 58], [1, 0, 58], [0, 0, 76], [1, 0, 76],
+    ]  # fmt: skip
+    assert plan.boxes[:, 0].tolist() == [[0, 1], [1, 30]] * 4
+    assert plan.boxes[:, 1].tolist() == [[0, 12]] * 8
+    assert plan.boxes[::2, 2].tolist() == [[0, 29], [29, 58], [58, 76], [76, 105]]
+
+
+@given(spec=specs(), shape=shapes, roi=rois)
+@FEW
+def test_boxes_are_what_stitching_leaves_of_each_tile(spec, shape, roi):
+    inside = random_roi(shape, *roi)
+    plan = tiling.plan_tiles(shape, spec, inside)
+    last = np.full(shape, -1)
+    boxed = np.full(shape, -1)
+    for tile, (start, box) in enumerate(zip(plan.starts, plan.boxes, strict=True)):
+        tiling.stitch(last, start, np.full((spec.out,) * 3, tile))
+        where = tuple(slice(low, high) for low, high in box)
+        assert (boxed[where] == -1).all()
+        boxed[where] = tile
+    np.testing.assert_array_equal(boxed[inside], last[inside])
 
 
 def test_an_empty_roi_plans_nothing():

@@ -165,6 +165,14 @@ def segment(
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Write the probability maps as well.")
     ] = False,
+    reorient: Annotated[
+        bool,
+        typer.Option(
+            "--reorient",
+            help="Run in RAS+ orientation, so that how a scan is stored does not matter; "
+            "default: as stored, as the published system does.",
+        ),
+    ] = False,
     engines: EnginesOption = None,
     threads: Annotated[
         int | None,
@@ -203,7 +211,9 @@ def segment(
             _say_what_is_used(segmenter)
         for scan, paths in zip(scans, plans, strict=True):
             codes.append(
-                _segment_one(segmenter, scan, paths, mask, save_probabilities, quiet=quiet)
+                _segment_one(
+                    segmenter, scan, paths, mask, save_probabilities, reorient, quiet=quiet
+                )
             )
     if len(scans) > 1 and not quiet:
         failed = sum(code not in (EXIT_OK, EXIT_SUSPECT) for code in codes)
@@ -219,6 +229,7 @@ def _segment_one(
     paths: OutputPaths,
     mask: Path | None,
     probabilities: bool,
+    reorient: bool,
     *,
     quiet: bool,
 ) -> int:
@@ -228,7 +239,11 @@ def _segment_one(
     try:
         with _progress(quiet=quiet) as progress:
             result = segmenter.segment(
-                scan, mask=mask, probabilities=probabilities, progress=progress
+                scan,
+                mask=mask,
+                probabilities=probabilities,
+                reorient=reorient,
+                progress=progress,
             )
         started = time.perf_counter()
         save(result, paths)

@@ -3,7 +3,7 @@
 This is where the build step and the runtime meet. ``<root>/<models>/<net>/`` holds
 
 - ``weights.npz``: folded weights, the one source of every graph form;
-- ``network.onnx``: the graph the CPU runs;
+- ``normal.onnx``, ``sub.onnx``, ``fc.onnx``: the parts the CPU runs (see `trtseg.build.parts`);
 - ``manifest.json``: what all of it was made from, and the SHA-256 of each file.
 """
 
@@ -35,7 +35,9 @@ from trtseg.files import (
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npz"
-ONNX = "network.onnx"
+NORMAL_PART = "normal.onnx"
+SUB_PART = "sub.onnx"
+FC_PART = "fc.onnx"
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,10 @@ def _check_manifest(folder: Path, manifest: Any, models: str, net: str, again: s
         if manifest.get(name) != value:
             raise refuse(f"{name} {manifest.get(name)!r}", repr(value))
     files, checkpoint = manifest.get("files"), manifest.get("checkpoint")
-    if not isinstance(files, dict) or not {WEIGHTS, ONNX} <= set(files):
-        raise refuse("files are not listed", f"{WEIGHTS} and {ONNX} with their SHA-256")
+    if not isinstance(files, dict) or not {WEIGHTS, NORMAL_PART, FC_PART} <= set(files):
+        raise refuse(
+            "files are not listed", f"{WEIGHTS}, {NORMAL_PART} and {FC_PART} with their SHA-256"
+        )
     if any(Path(name).name != name for name in files) or not isinstance(checkpoint, dict):
         raise refuse("file names with a folder, or no checkpoint", "plain names and SHA-256")
     try:

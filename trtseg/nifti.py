@@ -54,6 +54,22 @@ MASK_TOLERANCE_MM = 0.1
 #: Value above which a mask's voxel is brain; halfway, since scaled masks hold 0.99999997 for 1.
 MASK_THRESHOLD = 0.5
 
+#: Distance in mm that a header's qform and sform may put between a corner voxel and itself: well
+#: above the rounding of both to float32, well below what shows on a screen.
+FORM_TOLERANCE_MM = 0.01
+
+#: Degrees by which two voxel axes may miss the right angle: about 0.2 mm over a fetal head, and
+#: more than an affine written with four decimals is off.
+SHEAR_TOLERANCE_DEGREES = 0.1
+
+#: Voxel sizes in mm that give no warning: about 1.5 times either way from the 0.8 mm of the
+#: phantoms the demo networks were trained on. The repository of the published networks does not
+#: state the voxel size they were trained at.
+VOXEL_SIZES_MM = (0.5, 1.2)
+
+#: Longest side of a voxel over its shortest that gives no warning.
+MAX_ANISOTROPY = 1.5
+
 _SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img")
 _PAIR = {".hdr": ".img", ".img": ".hdr"}
 _CHUNK = 1 << 20
@@ -71,6 +87,7 @@ _ANALYZE_WARNING = (
 # nibabel logs what it repairs in a header to stderr; a logger of our own keeps it silent without
 # changing nibabel's for the rest of the process.
 _SILENT = logging.Logger(__name__, level=logging.CRITICAL + 1)
+_FATAL = 40  # nibabel's level of a header it cannot repair
 
 
 @dataclass(frozen=True)
@@ -112,8 +129,11 @@ def read_scan(path: Path) -> Scan:
     Scan
         `data` has shape (i, j, k), native byte order, and memory of its own: the stored integers
         or floats where the header does not scale them (`scl_slope` 0, not finite, or 1 with
-        `scl_inter` 0), else float64. `warnings` has a line for a 4-D file of several volumes, for
-        a header without orientation, and for one whose unit is not the millimetre.
+        `scl_inter` 0), else float64. `warnings` has a line for a 4-D file of several volumes; for
+        a header without orientation, or whose unit is not the millimetre; for a coded qform and
+        sform that disagree (`form_conflict`); for voxel axes that are not at right angles; and
+        for voxels far from those the networks are known to work on (`VOXEL_SIZES_MM`,
+        `MAX_ANISOTROPY`).
 
     Raises
     ------
@@ -164,12 +184,9 @@ def scan_from_image(image: Any) -> Scan:
         if isinstance(header, Nifti1Header) and np.allclose(image.affine, header.get_best_affine()):
             geometry = _geometry(name, header, header.get_best_affine())
         else:
-            geometry = _geometry_of_affine(name, image.affine)
-    return Scan(
-        _real(name, np.asarray(data)),
-        geometry,
-        (*_volume_warnings(volumes), *_geometry_warnings(geometry.header)),
-    )
+            geometry = geometry_of_affine(image.affine, name=name)
+        warnings = (*_volume_warnings(volumes), *_geometry_warnings(geometry, image.shape[:3]))
+    return Scan(_real(name, np.asarray(data)), geometry, warnings)
 
 
 def scan_from_array(data: ArrayLike, affine: ArrayLike) -> Scan:
@@ -185,9 +202,8 @@ def scan_from_array(data: ArrayLike, affine: ArrayLike) -> Scan:
     Returns
     -------
     Scan
-        `data` shares memory with an array of native byte order. The geometry is the NIfTI-1 one
-        nibabel gives to ``Nifti1Image(data, affine)``, with mm as its unit: the affine, rounded to
-        float32, as sform with code 2; qform code 0.
+        `data` shares memory with an array of native byte order. The geometry is that of
+        `geometry_of_affine`; `warnings` as for `read_scan`.
 
     Raises
     ------
@@ -198,8 +214,95 @@ def scan_from_array(data: ArrayLike, affine: ArrayLike) -> Scan:
     array = _as_array(name, data)
     volumes = _check_shape(name, array.shape)
     with _nibabel_errors(name):
-        geometry = _geometry_of_affine(name, affine)
-    return Scan(_real(name, array[_first(array.shape)]), geometry, _volume_warnings(volumes))
+        geometry = geometry_of_affine(affine, name=name)
+        warnings = (*_volume_warnings(volumes), *_geometry_warnings(geometry, array.shape[:3]))
+    return Scan(_real(name, array[_first(array.shape)]), geometry, warnings)
+
+
+def geometry_of_affine(affine: ArrayLike, *, name: str = "affine in memory") -> Geometry:
+    """NIfTI-1 geometry of an affine alone, as ``Nifti1Image(data, affine)`` has it, in mm.
+
+    Parameters
+    ----------
+    affine : array_like, shape (4, 4)
+        Voxel indices to mm.
+    name : str
+        What an error is said to be about.
+
+    Returns
+    -------
+    Geometry
+        The affine, rounded to float32, as sform with code 2; qform code 0.
+
+    Raises
+    ------
+    InputError
+        The affine is not 4 x 4 with the last row 0 0 0 1, not finite, or cannot be inverted.
+    """
+    from nibabel.nifti1 import Nifti1Header
+
+    matrix = _as_affine(name, affine)
+    header = Nifti1Header()
+    header.set_sform(matrix, code="aligned")
+    header.set_qform(matrix, code="unknown")
+    header.set_xyzt_units("mm")
+    return _geometry(name, header, header.get_sform())
+
+
+def closest_axes(affine: ArrayLike) -> NDArray[np.float64]:
+    """The direction in space that each voxel axis is closest to, as nibabel finds it.
+
+    Parameters
+    ----------
+    affine : array_like, shape (4, 4)
+        Voxel indices to mm.
+
+    Returns
+    -------
+    ndarray of float64, shape (3, 2)
+        nibabel's ``io_orientation``. Per voxel axis: 0 for right/left, 1 for anterior/posterior or
+        2 for superior/inferior; and 1 where the index grows to the right, anterior or superior,
+        else -1. A row of NaN is an axis that has no direction.
+
+    Raises
+    ------
+    InputError
+        As for `geometry_of_affine`.
+    """
+    from nibabel.orientations import io_orientation
+
+    matrix = _as_affine("affine in memory", affine)
+    with np.errstate(all="ignore"):
+        return np.asarray(io_orientation(matrix), dtype=np.float64)
+
+
+def has_orientation(geometry: Geometry) -> bool:
+    """Whether the header says where the voxels lie: its qform or its sform is coded."""
+    header = _repaired_header(geometry)
+    return bool(header["qform_code"] != 0 or header["sform_code"] != 0)
+
+
+def form_conflict(geometry: Geometry, shape: tuple[int, int, int]) -> str:
+    """What the header's qform and sform disagree on.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        As `read_scan`, `scan_from_image` or `scan_from_array` makes it.
+    shape : tuple of int
+        Voxels per axis (i, j, k).
+
+    Returns
+    -------
+    str
+        By how much, where both are coded and put one of the array's eight corner voxels more than
+        `FORM_TOLERANCE_MM` apart, or the qform stands for no rotation; else empty.
+    """
+    distance = _form_distance(_repaired_header(geometry), shape)
+    if distance <= FORM_TOLERANCE_MM:
+        return ""
+    apart = f"up to {distance:.3g} mm apart" if distance < math.inf else "apart beyond measure"
+    return f"qform and sform put the same voxel {apart}"
 
 
 def read_mask(path: Path, like: Geometry, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
@@ -423,7 +526,7 @@ def _parse(path: Path, block: bytes, *, single: bool) -> _Header:
         stored = _stored_header(path, block)
         _check_rank(path, stored)
         fixed = stored.copy()
-        fixed.check_fix(logger=_SILENT, error_level=40)
+        fixed.check_fix(logger=_SILENT, error_level=_FATAL)
         nifti = isinstance(fixed, Nifti1Header)
         if nifti:
             _check_magic(path, fixed, single=single)
@@ -437,10 +540,9 @@ def _parse(path: Path, block: bytes, *, single: bool) -> _Header:
         if nifti:
             # The stored fields, not the repaired ones: results must carry the bits of the scan.
             geometry = _geometry(name, stored, affine)
-            notes = _geometry_warnings(fixed)
         else:
-            geometry = _geometry_of_affine(name, affine)
-            notes = (_ANALYZE_WARNING,)
+            geometry = geometry_of_affine(affine, name=name)
+        notes = () if nifti else (_ANALYZE_WARNING,)
         return _Header(
             shape=fixed.get_data_shape(),
             dtype=dtype,
@@ -448,7 +550,11 @@ def _parse(path: Path, block: bytes, *, single: bool) -> _Header:
             slope=1.0 if slope is None else float(slope),
             inter=0.0 if inter is None else float(inter),
             geometry=geometry,
-            warnings=(*_volume_warnings(volumes), *notes),
+            warnings=(
+                *_volume_warnings(volumes),
+                *notes,
+                *_geometry_warnings(geometry, fixed.get_data_shape()[:3]),
+            ),
         )
 
 
@@ -619,14 +725,80 @@ def _volume_warnings(volumes: int) -> tuple[str, ...]:
     return (f"4-D file of {volumes} volumes: the first is segmented, as the published system does",)
 
 
-def _geometry_warnings(header: Any) -> tuple[str, ...]:
+def _geometry_warnings(geometry: Geometry, shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """What a person should know of where the voxels lie: each as found, expected, and meant."""
     warnings = []
-    if header["qform_code"] == 0 and header["sform_code"] == 0:
+    if not has_orientation(geometry):
         warnings.append("header without orientation (qform and sform codes are 0)")
-    unit = _SPATIAL_UNITS.get(int(header["xyzt_units"]) & 7)
+    unit = _SPATIAL_UNITS.get(int(geometry.header["xyzt_units"]) & 7)
     if unit:
         warnings.append(f"header with the {unit} as its unit: read as mm, as nibabel reads it")
-    return tuple(warnings)
+    conflict = form_conflict(geometry, shape)
+    if conflict:
+        warnings.append(
+            f"{conflict}, expected within {FORM_TOLERANCE_MM:g} mm: the labels carry both, as the "
+            "scan does, so they overlay it in every program, but one that goes by the qform shows "
+            "both elsewhere; volumes go by the sform"
+        )
+    return (*warnings, *_shear_warnings(geometry.affine), *_voxel_warnings(geometry.affine))
+
+
+def _form_distance(header: Any, shape: tuple[int, int, int]) -> float:
+    """Distance in mm between the corner voxels of a coded qform and sform; 0 where one is not."""
+    from nibabel.spatialimages import HeaderDataError
+
+    if header["qform_code"] == 0 or header["sform_code"] == 0:
+        return 0.0
+    try:
+        with np.errstate(all="ignore"):
+            qform = header.get_qform()
+    except (HeaderDataError, ValueError):  # what nibabel raises on a quaternion of no rotation
+        return math.inf
+    distance = _corner_distance(qform, header.get_sform(), shape)
+    return math.inf if math.isnan(distance) else distance
+
+
+def _shear_warnings(affine: NDArray[np.float64]) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):
+        sides = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        cosines = np.abs(np.triu(sides.T @ sides, 1))
+        angle = float(np.degrees(np.arccos(min(1.0, cosines.max()))))
+    if not angle < 90 - SHEAR_TOLERANCE_DEGREES:
+        return ()
+    return (
+        f"sheared affine, with voxel axes at {angle:.2f} degrees, expected 90 within "
+        f"{SHEAR_TOLERANCE_DEGREES:g}: the networks take voxels for upright boxes and see a skewed "
+        "head, so the labels may be wrong; they overlay the scan, and volumes are those of its "
+        "voxels",
+    )
+
+
+def _voxel_warnings(affine: NDArray[np.float64]) -> tuple[str, ...]:
+    with np.errstate(all="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        # A micrometre is rounding: float32 holds 1.2 as 1.2000000477.
+        low, high = sizes.min() + 1e-3, sizes.max() - 1e-3
+    smallest, largest = VOXEL_SIZES_MM
+    if low >= smallest and high <= largest and high <= MAX_ANISOTROPY * low:
+        return ()
+    return (
+        f"voxels of {' x '.join(f'{size:.3g}' for size in sizes)} mm, expected sides of "
+        f"{smallest:g} to {largest:g} mm and none over {MAX_ANISOTROPY:g} times another (the demo "
+        "networks were trained at 0.8 mm; the published ones come without a stated size): the "
+        "networks see voxels, not mm, so the labels may be wrong; consider resampling the scan",
+    )
+
+
+def _repaired_header(geometry: Geometry) -> Any:
+    """A nibabel header of the geometry fields, repaired as nibabel repairs it on loading."""
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
+
+    header = (Nifti2Header if geometry.nifti_version == 2 else Nifti1Header)()
+    for field in GEOMETRY_FIELDS:
+        header[field] = geometry.header[field]
+    header.check_fix(logger=_SILENT, error_level=_FATAL)
+    return header
 
 
 def _geometry(name: str, header: Any, affine: NDArray[np.float64]) -> Geometry:
@@ -646,10 +818,8 @@ def _native(value: NDArray[Any]) -> Any:
     return np.array(value, dtype=value.dtype.newbyteorder("="))[()]
 
 
-def _geometry_of_affine(name: str, affine: ArrayLike) -> Geometry:
-    """NIfTI-1 geometry of an affine alone, as ``Nifti1Image(data, affine)`` has it, in mm."""
-    from nibabel.nifti1 import Nifti1Header
-
+def _as_affine(name: str, affine: ArrayLike) -> NDArray[np.float64]:
+    """An affine as 4 x 4 float64, or the error that says what is wrong with it."""
     matrix = _as_array(name, affine)
     if matrix.shape != (4, 4) or matrix.dtype.kind not in "iuf":
         raise InputError(
@@ -662,11 +832,7 @@ def _geometry_of_affine(name: str, affine: ArrayLike) -> Geometry:
         )
     matrix = matrix.astype(np.float64)
     _check_affine(name, matrix)
-    header = Nifti1Header()
-    header.set_sform(matrix, code="aligned")
-    header.set_qform(matrix, code="unknown")
-    header.set_xyzt_units("mm")
-    return _geometry(name, header, header.get_sform())
+    return matrix
 
 
 def _check_affine(name: str, affine: NDArray[np.float64]) -> None:

@@ -24,6 +24,8 @@ from trtseg.errors import InputError, ModelError
 from trtseg.home import engines_root
 from trtseg.models import PUBLISHED, find_models
 from trtseg.normalise import z_score
+from trtseg.orientation import check_unambiguous, restore, to_canonical
+from trtseg.orientation import reorient as orient
 from trtseg.tiling import plan_tiles
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from trtseg.engine import Engine
     from trtseg.models import ModelSet
+    from trtseg.orientation import Orientation
     from trtseg.scan import Geometry, Scan
 
 #: What a result without any brain says.
@@ -152,6 +155,7 @@ class Segmenter:
         *,
         mask: Any = None,
         probabilities: bool = False,
+        reorient: bool = False,
         progress: Progress | None = None,
     ) -> Segmentation:
         """Segment one scan.
@@ -166,6 +170,10 @@ class Segmenter:
             A brain mask that takes BDN's place; anything over 0.5 is brain.
         probabilities : bool
             Whether to keep the probability maps.
+        reorient : bool
+            Run the networks in RAS+ orientation instead of the array as stored, and give the maps
+            back on the scan's own grid: the same labels however the scan is stored, but not
+            DeepMedic's, which sees the array as stored.
         progress : callable, optional
             Called as ``progress(network, done, total)`` after every batch of tiles.
 
@@ -182,8 +190,13 @@ class Segmenter:
         with clock("read"):
             image = _read(scan, affine)
             given = None if mask is None else _read_mask(mask, image)
+            work, orientation = image, None
+            if reorient:
+                check_unambiguous(image)
+                work, orientation = to_canonical(image)
+                given = None if given is None else orient(given, orientation)
         with clock("z-score"):
-            scores = z_score(image).data
+            scores = z_score(work).data
         with clock("brain"):
             if given is None:
                 brain = self._run("bdn", scores, None, probabilities, progress)
@@ -192,6 +205,8 @@ class Segmenter:
         roi = brain.labels.astype(bool)
         with clock("cortex"):
             cortex = gate(self._run("cgm", scores, roi, probabilities, progress), roi)
+        if orientation is not None:
+            brain, cortex = _restore(brain, orientation), _restore(cortex, orientation)
         millilitres = image.geometry.voxel_volume_ml
         warnings = image.warnings if roi.any() else (*image.warnings, EMPTY_BRAIN)
         return Segmentation(
@@ -257,6 +272,7 @@ def segment(
     threads: int | None = None,
     mask: Any = None,
     probabilities: bool = False,
+    reorient: bool = False,
     progress: Progress | None = None,
 ) -> Segmentation:
     """Segment one scan: `Segmenter` and its `segment` in one call.
@@ -266,7 +282,12 @@ def segment(
     """
     with Segmenter(models, engines=engines, device=device, threads=threads) as segmenter:
         return segmenter.segment(
-            scan, affine, mask=mask, probabilities=probabilities, progress=progress
+            scan,
+            affine,
+            mask=mask,
+            probabilities=probabilities,
+            reorient=reorient,
+            progress=progress,
         )
 
 
@@ -291,6 +312,13 @@ def load_engines(models: str | None, root: Path) -> dict[str, Engine]:
         )
         for net in NETWORKS
     }
+
+
+def _restore(output: NetworkOutput, orientation: Orientation) -> NetworkOutput:
+    maps = output.probabilities
+    return NetworkOutput(
+        restore(output.labels, orientation), None if maps is None else restore(maps, orientation)
+    )
 
 
 def _resolve_models(models: str | None, root: Path) -> tuple[str, ModelSet | None]:

@@ -22,9 +22,26 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trtseg.architecture import NetworkSpec
+    from trtseg.architecture import NetworkSpec, PathwaySpec
 
     Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles whose normal pathway is computed in one go.
+
+    Attributes
+    ----------
+    tiles : ndarray, shape (tiles,), intp
+        Indices into the plan.
+    region : ndarray, shape (3, 2), int64
+        Voxels whose normal-pathway features the tiles' boxes need, in scan coordinates, end
+        exclusive. Voxel x depends on the padded voxels x ... x + receptive field - 1.
+    """
+
+    tiles: NDArray[np.intp]
+    region: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,12 +57,17 @@ class TilePlan:
         Voxels of reflect padding before and after, per axis.
     starts : ndarray, shape (tiles, 3), int32
         First voxel of each tile, in padded coordinates (and of its result, in scan coordinates).
+    boxes : ndarray, shape (tiles, 3, 2), int32
+        What each tile decides, in scan coordinates, end exclusive: the part of its result that no
+        later tile overwrites, cut to the smallest box around the voxels that are wanted. Boxes are
+        disjoint and hold every wanted voxel once.
     """
 
     spec: NetworkSpec
     shape: Shape
     padding: tuple[tuple[int, int], ...]
     starts: NDArray[np.int32]
+    boxes: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -74,9 +96,9 @@ def plan_tiles(shape: Shape, spec: NetworkSpec, roi: NDArray[np.bool_] | None = 
         Voxels per axis of the scan.
     spec : NetworkSpec
     roi : ndarray, shape `shape`, bool, optional
-        Where results are wanted. A tile whose result holds no voxel of it is left out. (DeepMedic
-        leaves a tile out only if its whole input holds none; what it computes beyond is masked
-        away, so the masked result is the same.)
+        Where results are wanted. A tile that decides no voxel of it is left out. (DeepMedic leaves
+        a tile out only if its whole input holds none; what it computes beyond is overwritten or
+        masked away, so the masked result is the same.)
 
     Returns
     -------
@@ -87,17 +109,92 @@ def plan_tiles(shape: Shape, spec: NetworkSpec, roi: NDArray[np.bool_] | None = 
     axes = [
         axis_starts(n + low + high, spec) for n, (low, high) in zip(shape, padding, strict=True)
     ]
-    starts = [(i, j, k) for k in axes[2] for j in axes[1] for i in axes[0]]
-    if roi is not None:
-        out = spec.out
-        starts = [s for s in starts if roi[tuple(slice(a, a + out) for a in s)].any()]
-    return TilePlan(spec, shape, padding, np.array(starts, np.int32).reshape(-1, 3))
+    decided = [
+        dict(zip(starts, axis_decided(starts, n), strict=True))
+        for starts, n in zip(axes, shape, strict=True)
+    ]
+    tiles, boxes = [], []
+    for start in ((i, j, k) for k in axes[2] for j in axes[1] for i in axes[0]):
+        box = [decided[axis][first] for axis, first in enumerate(start)]
+        wanted = box if roi is None else _wanted(roi, box)
+        if wanted is not None:
+            tiles.append(start)
+            boxes.append(wanted)
+    return TilePlan(
+        spec,
+        shape,
+        padding,
+        np.array(tiles, np.int32).reshape(-1, 3),
+        np.array(boxes, np.int32).reshape(-1, 3, 2),
+    )
+
+
+def _wanted(roi: NDArray[np.bool_], box: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+    """Smallest box around the `roi` voxels within `box`; None where there are none."""
+    inside = roi[tuple(slice(low, high) for low, high in box)]
+    wanted = []
+    for axis, (low, _) in enumerate(box):
+        others = tuple(other for other in range(3) if other != axis)
+        hits = np.flatnonzero(inside.any(axis=others))
+        if not len(hits):
+            return None
+        wanted.append((low + int(hits[0]), low + int(hits[-1]) + 1))
+    return wanted
+
+
+def group_tiles(plan: TilePlan, tiles: NDArray[np.intp], *, max_voxels: int) -> Iterator[Block]:
+    """Split tiles into blocks of neighbours, halving the longest axis while a block is too large.
+
+    Larger blocks compute fewer voxels twice, where blocks meet, and hold more memory.
+
+    Parameters
+    ----------
+    plan : TilePlan
+    tiles : ndarray, shape (n,), intp
+        Indices into the plan.
+    max_voxels : int
+        Most voxels of a region; a single tile may exceed it.
+
+    Yields
+    ------
+    Block
+        Every tile is in one block.
+    """
+    if not len(tiles):
+        return
+    half = plan.spec.fc_kernel // 2
+    starts, boxes = plan.starts[tiles].astype(np.int64), plan.boxes[tiles].astype(np.int64)
+    low = np.maximum(boxes[:, :, 0] - half, starts).min(axis=0)
+    high = np.minimum(boxes[:, :, 1] + half, starts + plan.spec.out).max(axis=0)
+    places = [np.unique(starts[:, axis]) for axis in range(3)]
+    divisible = [axis for axis in range(3) if len(places[axis]) > 1]
+    if not divisible or np.prod(high - low) <= max_voxels:
+        yield Block(tiles, np.stack([low, high], axis=1))
+        return
+    axis = max(divisible, key=lambda one: int(high[one] - low[one]))
+    middle = places[axis][len(places[axis]) // 2]
+    first = starts[:, axis] < middle
+    yield from group_tiles(plan, tiles[first], max_voxels=max_voxels)
+    yield from group_tiles(plan, tiles[~first], max_voxels=max_voxels)
 
 
 def axis_starts(size: int, spec: NetworkSpec) -> list[int]:
     """Tile starts along one axis of `size` padded voxels (at least one tile long)."""
     last = size - spec.tile
     return [*range(0, last, spec.out), last]
+
+
+def axis_decided(starts: list[int], size: int) -> list[tuple[int, int]]:
+    """Voxels along one axis that each tile has the last word on: (first, end), end exclusive.
+
+    Parameters
+    ----------
+    starts : list of int
+        From `axis_starts`, ascending; a later tile overwrites an earlier one.
+    size : int
+        Voxels of the scan along the axis.
+    """
+    return list(zip(starts, [*starts[1:], size], strict=True))
 
 
 def pad(volume: NDArray[np.float32], plan: TilePlan) -> NDArray[np.float32]:
@@ -142,9 +239,13 @@ def axis_samples(start: int, size: int, factor: int, spec: NetworkSpec) -> NDArr
 
 
 def gather(
-    padded: NDArray[np.float32], starts: NDArray[np.int32], spec: NetworkSpec
+    padded: NDArray[np.float32],
+    starts: NDArray[np.int32],
+    spec: NetworkSpec,
+    *,
+    pathways: tuple[PathwaySpec, ...] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Cut the inputs of every pathway for a batch of tiles.
+    """Cut the inputs of the pathways (all of them by default) for a batch of tiles.
 
     Parameters
     ----------
@@ -152,6 +253,7 @@ def gather(
         From `pad`.
     starts : ndarray, shape (batch, 3)
     spec : NetworkSpec
+    pathways : tuple of PathwaySpec, optional
 
     Returns
     -------
@@ -160,7 +262,7 @@ def gather(
     """
     fill = fill_value(padded)
     inputs = {}
-    for pathway in spec.pathways:
+    for pathway in spec.pathways if pathways is None else pathways:
         side = spec.input_size(pathway)
         batch = np.empty((len(starts), 1, side, side, side), np.float32)
         for tile, start in enumerate(starts):

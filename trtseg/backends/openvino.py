@@ -1,4 +1,9 @@
-"""Runs built networks on the CPU with OpenVINO. The only module that imports openvino."""
+"""Runs built networks on the CPU with OpenVINO. The only module that imports openvino.
+
+Work is shared between tiles where that changes no label: the normal pathway is computed once per
+block of tiles; a tile computes only the voxels it has the last word on; tiles that see one constant
+value (the background of a masked scan) share one answer. See `trtseg.build.parts` for the graphs.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,12 @@ import numpy as np
 
 from trtseg import tiling
 from trtseg.backends.base import NetworkOutput, logistic
-from trtseg.engine import ONNX
+from trtseg.engine import FC_PART, NORMAL_PART, SUB_PART
 from trtseg.errors import DeviceError, EngineError
+from trtseg.phases import box_indices, cell_range, reach
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -22,8 +29,18 @@ if TYPE_CHECKING:
     from trtseg.engine import Engine
     from trtseg.tiling import TilePlan
 
-#: Tiles a request. One keeps memory lowest, and larger batches were not faster (bench/README.md).
-BATCH = 1
+    Features = NDArray[np.float32]
+
+#: Voxels of a block: its features take 200 bytes each, and the layers before them several times
+#: that, which must fit beside a large scan in a laptop's memory (bench/memory.py).
+BLOCK_VOXELS = 80**3
+
+#: Tiles whose subsampled pathways run together.
+SUB_BATCH = 4
+
+#: A constant tile's answer is shared only where it is this far from a tie, in logits: far more than
+#: rounding can move it, so that sharing changes no label.
+CLEAR_LOGIT = 1e-3
 
 
 def available_threads() -> int:
@@ -34,12 +51,14 @@ def available_threads() -> int:
 
 
 class OpenVINOBackend:
-    """The CPU, in float32.
+    """The CPU.
 
     Parameters
     ----------
     threads : int, optional
         Threads to run on; default `available_threads()`.
+    precision : str
+        ``"f32"``, which gives DeepMedic's labels, or ``"bf16"``.
 
     Raises
     ------
@@ -49,8 +68,9 @@ class OpenVINOBackend:
 
     device = "cpu"
 
-    def __init__(self, *, threads: int | None = None) -> None:
+    def __init__(self, *, threads: int | None = None, precision: str = "f32") -> None:
         self.threads = available_threads() if threads is None else threads
+        self.precision = precision
         import openvino
 
         self._core = openvino.Core()
@@ -67,35 +87,37 @@ class OpenVINOBackend:
         Raises
         ------
         EngineError
-            OpenVINO refuses the graph.
+            OpenVINO refuses a graph.
         """
-        model = self.compile(engine.file(ONNX), batch=BATCH)
-        return OpenVINONetwork(engine.spec, model)
+        names = [NORMAL_PART, FC_PART, *([SUB_PART] if len(engine.spec.pathways) > 1 else [])]
+        return self.compile(engine.spec, {name: engine.file(name) for name in names})
 
-    def compile(self, graph: Path | bytes, *, batch: int) -> Any:
-        """Compile an ONNX file (or its content) at a fixed batch; gives OpenVINO's compiled model.
+    def compile(self, spec: NetworkSpec, parts: Mapping[str, Path | bytes]) -> OpenVINONetwork:
+        """Compile the parts of a network, files or their content, by file name.
 
         Raises
         ------
         EngineError
-            OpenVINO refuses the graph.
+            OpenVINO refuses a graph.
         """
-        # Said outright: on processors with bfloat16 units OpenVINO would otherwise choose that.
+        return OpenVINONetwork(
+            spec,
+            normal=self._request(parts[NORMAL_PART]),
+            sub=self._request(parts[SUB_PART]) if SUB_PART in parts else None,
+            fc=self._request(parts[FC_PART]),
+        )
+
+    def _request(self, graph: Path | bytes) -> Any:
         config = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            # Said outright: on processors with bfloat16 units OpenVINO would choose that.
+            "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(self.threads),
         }
         try:
             model = self._core.read_model(graph if isinstance(graph, bytes) else str(graph))
-            shapes = {}
-            for port in model.inputs:
-                shape = port.partial_shape
-                shape[0] = batch
-                shapes[port.any_name] = shape
-            model.reshape(shapes)
-            return self._core.compile_model(model, "CPU", config)
+            return self._core.compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
             name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
             raise EngineError(
@@ -112,10 +134,11 @@ class OpenVINOBackend:
 class OpenVINONetwork:
     """A network compiled for the CPU; see `trtseg.backends.base.Network`."""
 
-    def __init__(self, spec: NetworkSpec, model: Any) -> None:
+    def __init__(self, spec: NetworkSpec, *, normal: Any, sub: Any, fc: Any) -> None:
         self.spec = spec
-        self._request = model.create_infer_request()
-        self._batch = int(model.inputs[0].shape[0])
+        self._normal = normal
+        self._sub = sub
+        self._fc = fc
 
     def run(
         self,
@@ -125,29 +148,163 @@ class OpenVINONetwork:
         probabilities: bool = False,
         progress: Progress | None = None,
     ) -> NetworkOutput:
-        """Run the planned tiles, one batch after the other."""
+        """Decide every box of the plan, block by block."""
         padded = tiling.pad(volume, plan)
-        labels = np.zeros(plan.shape, np.uint8)
-        maps = np.zeros(plan.shape, np.float32) if probabilities else None
-        for starts in plan.batches(self._batch):
-            inputs = tiling.gather(padded, self._filled(starts), plan.spec)
-            for start, logit in zip(starts, self.logits(inputs), strict=False):
-                tiling.stitch(labels, start, logit > 0)
-                if maps is not None:
-                    tiling.stitch(maps, start, logistic(logit))
-            if progress is not None:
-                progress(len(starts))
-        return NetworkOutput(labels, maps)
+        output = _Output(plan, probabilities, progress)
+        varied = self._settle_constant_tiles(padded, output)
+        for block in tiling.group_tiles(plan, varied, max_voxels=BLOCK_VOXELS):
+            self._run_block(padded, block, output)
+        return NetworkOutput(output.labels, output.maps)
 
-    def logits(self, inputs: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Class difference of one batch, float32 (batch, out, out, out); valid until the next."""
-        self._request.infer(inputs, share_inputs=True)
-        result: NDArray[np.float32] = self._request.get_output_tensor(0).data
-        return result
+    def tile_logits(self, inputs: Mapping[str, Features]) -> Features:
+        """Class difference of one whole tile, float32 (out, out, out).
 
-    def _filled(self, starts: NDArray[np.int32]) -> NDArray[np.int32]:
-        missing = self._batch - len(starts)
-        return starts if missing == 0 else np.concatenate([starts, starts[-1:].repeat(missing, 0)])
+        Parameters
+        ----------
+        inputs : mapping of str to ndarray, shape (1, 1, n, n, n), float32
+            As `trtseg.tiling.gather` cuts them for one tile.
+        """
+        features = self._features(inputs["normal"][0, 0])
+        subs = self._sub_features({k: v for k, v in inputs.items() if k != "normal"})
+        box = np.array([[0, self.spec.out]] * 3)
+        return self._decide(features, box, box, {name: one[0] for name, one in subs.items()})
+
+    def _settle_constant_tiles(self, padded: Features, output: _Output) -> NDArray[np.intp]:
+        """Decide the tiles that see one value only; gives the indices of the others."""
+        plan, spec = output.plan, self.spec
+        logits: dict[float, float | None] = {}
+        varied = []
+        for tile, start in enumerate(plan.starts):
+            value = _constant_value(padded, start, spec)
+            if value is not None and value not in logits:
+                logits[value] = self._constant_logit(value)
+            logit = None if value is None else logits[value]
+            if logit is None:
+                varied.append(tile)
+            else:
+                output.decide(tile, np.float32(logit))
+        return np.array(varied, np.intp)
+
+    def _constant_logit(self, value: float) -> float | None:
+        """Answer for a tile of one value; None where it is too near a tie to be shared."""
+        inputs = {
+            name: np.full((1, 1, side, side, side), value, np.float32)
+            for name, side in self.spec.input_sizes().items()
+        }
+        logits = self.tile_logits(inputs)
+        return float(logits.flat[0]) if np.abs(logits).min() > CLEAR_LOGIT else None
+
+    def _run_block(self, padded: Features, block: tiling.Block, output: _Output) -> None:
+        plan, spec = output.plan, self.spec
+        reached = np.add(block.region, (0, spec.receptive_field - 1))
+        image = padded[tuple(slice(low, high) for low, high in reached)]
+        features = self._features(image)
+        for first in range(0, len(block.tiles), SUB_BATCH):
+            tiles = block.tiles[first : first + SUB_BATCH]
+            subs = self._sub_features(
+                tiling.gather(padded, plan.starts[tiles], spec, pathways=spec.pathways[1:])
+            )
+            for row, tile in enumerate(tiles):
+                start = plan.starts[tile].astype(np.int64)[:, None]
+                logits = self._decide(
+                    features,
+                    block.region - start,
+                    plan.boxes[tile] - start,
+                    {name: one[row] for name, one in subs.items()},
+                )
+                output.decide(int(tile), logits)
+
+    def _features(self, image: Features) -> Features:
+        """Normal-pathway features (C, i, j, k) of an image region; valid until the next call."""
+        self._normal.infer({"normal": np.ascontiguousarray(image)[None, None]}, share_inputs=True)
+        features: Features = self._normal.get_output_tensor(0).data[0]
+        return features
+
+    def _sub_features(self, inputs: dict[str, Features]) -> dict[str, Features]:
+        """Features (N, C, cells ...) of the subsampled pathways; valid until the next call."""
+        if not inputs:
+            return {}
+        self._sub.infer(inputs, share_inputs=True)
+        return {name: self._sub.get_tensor(f"{name}.features").data for name in inputs}
+
+    def _decide(
+        self,
+        features: Features,
+        region: NDArray[np.int64],
+        box: NDArray[np.int64],
+        subs: dict[str, Features],
+    ) -> Features:
+        """Class difference of the voxels of `box`; both boxes are in tile coordinates."""
+        spec = self.spec
+        kernel, half = spec.fc_kernel, spec.fc_kernel // 2
+        inputs: dict[str, Any] = {
+            "normal": _window(features, region[:, 0], np.add(box, (-half, half)), spec.out)
+        }
+        for pathway in spec.pathways[1:]:
+            name, edge = pathway.name, reach(pathway.factor, kernel)
+            cells = np.array([cell_range(low, high, pathway.factor) for low, high in box.tolist()])
+            maps = subs[name]
+            inputs[name] = _window(
+                maps, np.zeros(3, np.int64), np.add(cells, (-edge, edge)), maps.shape[1]
+            )
+            variant, cell = box_indices(box, pathway.factor, kernel)
+            inputs[f"{name}.variant"], inputs[f"{name}.cell"] = variant, cell
+        self._fc.infer(inputs, share_inputs=True)
+        logits: Features = self._fc.get_output_tensor(0).data
+        return logits.reshape(box[:, 1] - box[:, 0])
+
+
+class _Output:
+    """Labels, and probabilities where asked for, filled box by box."""
+
+    def __init__(self, plan: TilePlan, probabilities: bool, progress: Progress | None) -> None:
+        self.plan = plan
+        self.labels = np.zeros(plan.shape, np.uint8)
+        self.maps = np.zeros(plan.shape, np.float32) if probabilities else None
+        self._progress = progress
+
+    def decide(self, tile: int, logits: Features | np.float32) -> None:
+        """Take one tile's class differences, of the shape of its box or one for all of it."""
+        where = tuple(slice(low, high) for low, high in self.plan.boxes[tile])
+        self.labels[where] = logits > 0
+        if self.maps is not None:
+            self.maps[where] = logistic(np.asarray(logits, np.float32))
+        if self._progress is not None:
+            self._progress(1)
+
+
+def _constant_value(padded: Features, start: NDArray[np.int32], spec: NetworkSpec) -> float | None:
+    """The one value that all inputs of a tile hold, fill included; None where they hold several."""
+    tile = padded[tuple(slice(s, s + spec.tile) for s in start)]
+    value = tile[0, 0, 0]
+    if not (tile[-1, -1, -1] == value and (tile == value).all()):
+        return None
+    subs = tiling.gather(padded, start[None], spec, pathways=spec.pathways[1:])
+    return float(value) if all((one == value).all() for one in subs.values()) else None
+
+
+def _window(
+    maps: Features, origin: NDArray[np.int64], wanted: NDArray[np.int64], size: int
+) -> Features:
+    """Cut (1, C, ...) out of (C, ...) maps; beyond the tile, its edge is repeated.
+
+    Parameters
+    ----------
+    maps : ndarray, shape (C, i, j, k)
+    origin : ndarray, shape (3,)
+        Tile coordinates of the maps' first voxel.
+    wanted : ndarray, shape (3, 2)
+        First and end voxel per axis, in tile coordinates; may go beyond 0 ... size - 1.
+    size : int
+        Voxels per axis of the tile's result.
+    """
+    inside = np.clip(wanted, 0, size)
+    i, j, k = (slice(low, high) for low, high in inside - origin[:, None])
+    cut = maps[:, i, j, k]
+    beyond = np.abs(wanted - inside)
+    if beyond.any():
+        cut = np.pad(cut, [(0, 0), *beyond.tolist()], "edge")
+    return np.ascontiguousarray(cut)[None]
 
 
 def version() -> str:

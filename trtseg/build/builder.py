@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trtseg.architecture import NETWORKS, PUBLISHED
 from trtseg.backends.base import logistic
-from trtseg.backends.openvino import OpenVINOBackend, OpenVINONetwork, version
+from trtseg.backends.openvino import OpenVINOBackend, version
 from trtseg.build import checkpoint, graph, reference
 from trtseg.build.freeze import FrozenNetwork, freeze
+from trtseg.build.parts import parts
 from trtseg.build.variables import network_variables
-from trtseg.engine import ONNX, WEIGHTS, build_lock, load_engine, write_engine
+from trtseg.engine import WEIGHTS, build_lock, load_engine, write_engine
 from trtseg.errors import EngineError
 from trtseg.modelconfig import read_config
 
@@ -87,9 +88,9 @@ def _build(models: ModelSet, net: str, root: Path, force: bool, say: Report) -> 
     frozen = freeze(variables, spec)
     # What is proven is what is stored: the weights are read back from the bytes to be written.
     weights = frozen.to_bytes()
-    onnx = graph.plain(FrozenNetwork.from_bytes(weights, spec))
+    graphs = parts(FrozenNetwork.from_bytes(weights, spec))
     say(f"{net.upper()}: comparing the frozen network with the checkpoint")
-    difference = disagreement(variables, spec, onnx)
+    difference = disagreement(variables, spec, graphs)
     if not difference <= TOLERANCE:
         raise EngineError(
             f"{models.name} {net.upper()}: the frozen network differs from its checkpoint by "
@@ -102,11 +103,11 @@ def _build(models: ModelSet, net: str, root: Path, force: bool, say: Report) -> 
         models.name,
         net,
         spec=spec,
-        files={WEIGHTS: weights, ONNX: onnx},
+        files={WEIGHTS: weights, **graphs},
         checkpoint=digests,
         notice=models.notice,
         proof={
-            "compared": "probability of class 1 on one random tile: network.onnx in OpenVINO "
+            "compared": "probability of class 1 on one random tile: the parts in OpenVINO "
             "float32 against the checkpoint in float64, nothing folded",
             "largest_difference": difference,
             "tolerance": TOLERANCE,
@@ -122,17 +123,17 @@ def _build(models: ModelSet, net: str, root: Path, force: bool, say: Report) -> 
 
 
 def disagreement(
-    variables: dict[str, NDArray[np.float32]], spec: NetworkSpec, onnx: bytes
+    variables: dict[str, NDArray[np.float32]], spec: NetworkSpec, graphs: Mapping[str, bytes]
 ) -> float:
-    """Largest difference in probability, on one random tile, of a graph and its checkpoint.
+    """Largest difference in probability, on one random tile, of built graphs and their checkpoint.
 
     Parameters
     ----------
     variables : dict of str to ndarray
         The checkpoint's tensors.
     spec : NetworkSpec
-    onnx : bytes
-        The graph to judge.
+    graphs : mapping of str to bytes
+        The parts to judge.
     """
     rng = np.random.default_rng(_SEED)
     inputs = {
@@ -140,7 +141,5 @@ def disagreement(
         for name, side in spec.input_sizes().items()
     }
     expected = reference.evaluate(variables, spec, {n: tile[0] for n, tile in inputs.items()})
-    backend = OpenVINOBackend()
-    network = OpenVINONetwork(spec, backend.compile(onnx, batch=1))
-    found = logistic(network.logits(inputs)[0])
-    return float(np.abs(found - expected).max())
+    network = OpenVINOBackend().compile(spec, graphs)
+    return float(np.abs(logistic(network.tile_logits(inputs)) - expected).max())

@@ -1,7 +1,7 @@
-"""Folded weights -> ONNX. The only module that imports onnx.
+"""Builds ONNX graphs from folded weights, and the published graph form. Sole importer of onnx.
 
-Every form takes one input per pathway, named as in ``NetworkSpec.input_sizes()``, float32 of shape
-(N, 1, n, n, n), and gives ``logit``, float32 of shape (N, out, out, out): the class difference.
+The published form takes one input per pathway, named as in ``NetworkSpec.input_sizes()``, float32
+of shape (N, 1, n, n, n), and gives ``logit``, the class difference, float32 (N, out, out, out).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OUTPUT = "logit"
 
 
 def plain(network: FrozenNetwork) -> bytes:
-    """Give the published form: nearest repeat, concatenate, pad by edge, convolve.
+    """Build the published form: nearest repeat, concatenate, pad by edge, convolve.
 
     Parameters
     ----------
@@ -43,12 +43,12 @@ def plain(network: FrozenNetwork) -> bytes:
         onnx is not installed.
     """
     spec = network.spec
-    graph = _Graph()
+    graph = Graph()
     maps = []
     for pathway, layers in zip(spec.pathways, network.pathways, strict=True):
         side = spec.input_size(pathway)
-        graph.add_input(pathway.name, (1, side, side, side))
-        features, _ = _sequence(graph, pathway.name, layers, pathway.name, side)
+        graph.add_input(pathway.name, ("N", 1, side, side, side))
+        features = add_sequence(graph, pathway.name, layers, pathway.name)
         if pathway.factor > 1:
             # Gather by an index table repeats and crops in one exact step, whatever the size.
             table = np.repeat(np.arange(side), pathway.factor)[: spec.out].astype(np.int64)
@@ -59,12 +59,12 @@ def plain(network: FrozenNetwork) -> bytes:
     joined = maps[0] if len(maps) == 1 else graph.node("Concat", maps, axis=1)
     edge = spec.fc_kernel // 2
     if edge:
-        pads = graph.constant("fc.pads", np.array([0, 0, *[edge] * 3, 0, 0, *[edge] * 3], np.int64))
-        joined = graph.node("Pad", [joined, pads], mode="edge")
-    score, _ = _sequence(graph, "fc", network.fc, joined, spec.out + 2 * edge)
+        pads = np.array([0, 0, edge, edge, edge, 0, 0, edge, edge, edge], np.int64)
+        joined = graph.node("Pad", [joined, graph.constant("fc.pads", pads)], mode="edge")
+    score = add_sequence(graph, "fc", network.fc, joined)
     axes = graph.constant("squeeze", np.array([1], np.int64))
-    graph.node("Squeeze", [score, axes], output=OUTPUT)
-    return graph.serialise((spec.out, spec.out, spec.out))
+    graph.add_output(OUTPUT, graph.node("Squeeze", [score, axes]))
+    return graph.serialise()
 
 
 def version() -> str:
@@ -72,103 +72,121 @@ def version() -> str:
     return str(_onnx().__version__)
 
 
-def _sequence(
-    graph: _Graph, name: str, layers: Sequence[FrozenLayer], features: str, side: int
-) -> tuple[str, int]:
-    before, before_side, before_channels = features, side, layers[0].weight.shape[1]
+def add_sequence(graph: Graph, name: str, layers: Sequence[FrozenLayer], features: str) -> str:
+    """Add a sequence of layers, residual sums included; gives the name of its result."""
+    before, before_channels, before_kernel = features, layers[0].weight.shape[1], 1
     for number, layer in enumerate(layers, 1):
         label = f"{name}.{number}"
-        values = _activate(graph, label, layer, features)
-        channels_in = layer.weight.shape[1]
-        kernel = layer.weight.shape[2]
+        values = add_activation(graph, label, layer, features)
+        channels, channels_in, kernel = layer.weight.shape[:3]
         operands = [values, graph.constant(f"{label}.weight", layer.weight)]
         if layer.bias is not None:
             operands.append(graph.constant(f"{label}.bias", layer.bias))
         result = graph.node("Conv", operands, kernel_shape=[kernel] * 3)
-        out_side = side - kernel + 1
         if layer.residual:
-            tap = _centre(graph, label, before, before_side, out_side)
-            result = _add_first_channels(
-                graph, label, result, tap, layer.weight.shape[0] - before_channels
-            )
-        before, before_side, before_channels = features, side, channels_in
-        features, side = result, out_side
-    return features, side
+            # What two valid convolutions take off per side; the published crop comes to the same.
+            margin = (before_kernel - 1) // 2 + (kernel - 1) // 2
+            tap = graph.crop(label, before, [margin] * 3, [margin] * 3)
+            result = graph.add_to_first(label, result, channels, tap, before_channels, axis=1)
+        before, before_channels, before_kernel = features, channels_in, kernel
+        features = result
+    return features
 
 
-def _activate(graph: _Graph, label: str, layer: FrozenLayer, values: str) -> str:
+def add_activation(
+    graph: Graph,
+    label: str,
+    layer: FrozenLayer,
+    values: str,
+    *,
+    channels: slice = slice(None),
+    channels_last: bool = False,
+) -> str:
+    """Add what precedes a layer's convolution: scale, shift and PReLU of some of its channels."""
+    shape = (1, 1, -1) if channels_last else (1, -1, 1, 1, 1)
+
+    def per_channel(name: str, value: NDArray[np.float32]) -> str:
+        return graph.constant(f"{label}.{name}", value[channels].reshape(shape))
+
     if layer.scale is not None:
-        values = graph.node("Mul", [values, graph.channels(f"{label}.scale", layer.scale)])
+        values = graph.node("Mul", [values, per_channel("scale", layer.scale)])
     if layer.shift is not None:
-        values = graph.node("Add", [values, graph.channels(f"{label}.shift", layer.shift)])
+        values = graph.node("Add", [values, per_channel("shift", layer.shift)])
     if layer.slope is not None:
-        slope = graph.constant(f"{label}.slope", layer.slope.reshape(-1, 1, 1, 1))
-        values = graph.node("PRelu", [values, slope])
+        values = graph.node("PRelu", [values, per_channel("slope", layer.slope)])
     return values
 
 
-def _centre(graph: _Graph, label: str, values: str, side: int, out_side: int) -> str:
-    first = (side - 1) // 2 - (out_side - 1) // 2
-    if side == out_side:
-        return values
-    bounds = [
-        graph.constant(f"{label}.crop.{name}", np.array(value, np.int64))
-        for name, value in (
-            ("starts", [first] * 3),
-            ("ends", [first + out_side] * 3),
-            ("axes", [2, 3, 4]),
-        )
-    ]
-    return graph.node("Slice", [values, *bounds])
-
-
-def _add_first_channels(graph: _Graph, label: str, result: str, tap: str, extra: int) -> str:
-    # Padding the tap with zero channels keeps one addition, which every runtime fuses well.
-    if extra:
-        pads = np.array([0, 0, 0, 0, 0, 0, extra, 0, 0, 0], np.int64)
-        tap = graph.node("Pad", [tap, graph.constant(f"{label}.extra", pads)], mode="constant")
-    return graph.node("Add", [result, tap])
-
-
-class _Graph:
-    """Collects nodes and constants of one ONNX graph."""
+class Graph:
+    """Collects the nodes, constants, inputs and outputs of one ONNX graph."""
 
     def __init__(self) -> None:
         self._nodes: list[Any] = []
         self._constants: list[Any] = []
         self._inputs: list[Any] = []
+        self._outputs: list[Any] = []
 
-    def add_input(self, name: str, shape: tuple[int, ...]) -> None:
+    def add_input(self, name: str, shape: tuple[int | str, ...], *, integer: bool = False) -> str:
+        """Declare an input, float32 or int32; a word in `shape` is a size chosen at run time."""
+        kind = _onnx().TensorProto.INT32 if integer else _onnx().TensorProto.FLOAT
+        self._inputs.append(_onnx().helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def add_output(self, name: str, value: str) -> None:
+        """Make `value` an output called `name`, float32."""
         onnx = _onnx()
-        kind = onnx.TensorProto.FLOAT
-        self._inputs.append(onnx.helper.make_tensor_value_info(name, kind, ["N", *shape]))
+        self._nodes.append(onnx.helper.make_node("Identity", [value], [name], name))
+        self._outputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
+        """Add a constant; gives its name."""
         onnx = _onnx()
         self._constants.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def channels(self, name: str, value: NDArray[Any]) -> str:
-        return self.constant(name, value.reshape(1, -1, 1, 1, 1))
-
-    def node(self, kind: str, inputs: list[str], *, output: str = "", **attributes: Any) -> str:
-        name = output or f"{kind.lower()}_{len(self._nodes)}"
+    def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        """Add an operation with one result; gives the result's name."""
+        name = f"{kind.lower()}_{len(self._nodes)}"
         self._nodes.append(_onnx().helper.make_node(kind, inputs, [name], name, **attributes))
         return name
 
-    def serialise(self, shape: tuple[int, ...]) -> bytes:
+    def crop(self, label: str, values: str, before: list[int], after: list[int]) -> str:
+        """Take voxels off (1, C, i, j, k) maps, `before` and `after` per axis."""
+        if not any(before) and not any(after):
+            return values
+        ends = [-n if n else np.iinfo(np.int64).max for n in after]
+        bounds = [
+            self.constant(f"{label}.crop.{name}", np.array(value, np.int64))
+            for name, value in (("starts", before), ("ends", ends), ("axes", [2, 3, 4]))
+        ]
+        return self.node("Slice", [values, *bounds])
+
+    def add_to_first(
+        self, label: str, result: str, channels: int, tap: str, tap_channels: int, *, axis: int
+    ) -> str:
+        """Add `tap` to the first channels of `result`, channels being `axis`."""
+        # Padding the tap with zero channels keeps one addition, which every runtime fuses well.
+        if channels > tap_channels:
+            rank = 5 if axis == 1 else 3
+            pads = np.zeros(2 * rank, np.int64)
+            pads[rank + axis] = channels - tap_channels
+            tap = self.node("Pad", [tap, self.constant(f"{label}.extra", pads)], mode="constant")
+        return self.node("Add", [result, tap])
+
+    def serialise(self) -> bytes:
+        """Check the graph and give its bytes; the same graph gives the same bytes."""
         onnx = _onnx()
-        helper = onnx.helper
-        output = helper.make_tensor_value_info(OUTPUT, onnx.TensorProto.FLOAT, ["N", *shape])
-        graph = helper.make_graph(
-            self._nodes, "trtseg", self._inputs, [output], initializer=self._constants
+        graph = onnx.helper.make_graph(
+            self._nodes, "trtseg", self._inputs, self._outputs, initializer=self._constants
         )
-        model = helper.make_model(
+        model = onnx.helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
             ir_version=8,
             producer_name="trtseg",
         )
+        # Shapes of the results are written in, so that every runtime knows their rank.
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString(deterministic=True))
 
@@ -177,6 +195,7 @@ def _onnx() -> ModuleType:
     try:
         import onnx
         import onnx.numpy_helper
+        import onnx.shape_inference
     except ImportError as error:
         raise MissingExtraError(
             "writing a graph needs onnx, which is not installed",
