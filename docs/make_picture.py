@@ -27,7 +27,7 @@ def main() -> None:
         )
         for name in ("brain", "cgm")
     )
-    centre = [int(round(c)) for c in np.argwhere(brain).mean(axis=0)]
+    centre = [round(float(c)) for c in np.argwhere(brain).mean(axis=0)]
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), facecolor="black")
     names = ("sagittal", "coronal", "axial")
     for axis, (panel, name) in enumerate(zip(axes, names, strict=True)):

@@ -192,13 +192,13 @@ def test_engines_commands(engines_root: Path, tmp_path: Path) -> None:
     assert verified.exit_code == 0
     assert verified.stdout.count("intact") == 2
     shutil.copytree(engines_root / "demo", tmp_path / "demo")
-    graph = tmp_path / "demo" / "bdn" / "network.onnx"
+    graph = tmp_path / "demo" / "bdn" / "normal.onnx"
     damaged = bytearray(graph.read_bytes())
     damaged[1000] ^= 1
     graph.write_bytes(damaged)
     refused = run("engines", "verify", "--models", "demo", "--engines", tmp_path)
     assert refused.exit_code == 3
-    assert "network.onnx" in refused.stderr
+    assert "normal.onnx" in refused.stderr
     assert "trtseg engines build --models demo" in refused.stderr
     assert "nothing is built" in run("engines", "list").stdout
 

@@ -35,7 +35,13 @@ SPEC = NetworkSpec(
     fc_dropout=(0.0, 0.5),
     tile=9,
 )
-FILES = {"weights.npz": b"the weights", "network.onnx": b"the graph"}
+FILES = {
+    "weights.npz": b"the weights",
+    "normal.onnx": b"the graph",
+    "sub.onnx": b"another graph",
+    "fc.onnx": b"the last graph",
+}
+NAMES = ["fc.onnx", "manifest.json", "normal.onnx", "sub.onnx", "weights.npz"]
 CHECKPOINT = {"bdn.model.ckpt.index": "1" * 64, "bdn.model.ckpt.data-00000-of-00001": "2" * 64}
 AGAIN = "build again: trtseg engines build --models tiny"
 
@@ -90,14 +96,14 @@ def test_round_trip(root, engine):
     assert loaded.spec == SPEC
     assert (loaded.models, loaded.net, loaded.notice) == ("tiny", "bdn", "not for use")
     assert loaded.folder == root / "tiny" / "bdn" == engine_folder(root, "tiny", "bdn")
-    assert loaded.file("network.onnx").read_bytes() == b"the graph"
+    assert loaded.file("normal.onnx").read_bytes() == b"the graph"
     assert loaded.file("weights.npz").read_bytes() == b"the weights"
 
 
 def test_what_lies_in_the_folder(root, engine):
     assert names(root) == ["tiny"]
     assert names(root / "tiny") == ["bdn"]
-    assert names(engine.folder) == ["manifest.json", "network.onnx", "weights.npz"]
+    assert names(engine.folder) == NAMES
 
 
 def test_what_the_manifest_says(engine):
@@ -108,7 +114,9 @@ def test_what_the_manifest_says(engine):
     # from sha256sum
     assert manifest["files"] == {
         "weights.npz": "f38329d231164082b94f28edf29bff349b44403e09fc4057d65b31051f4ae6b5",
-        "network.onnx": "16b9f2912007922fe48f5343d131850f01f2095edbc97bf38d36efc3178bafc2",
+        "normal.onnx": "16b9f2912007922fe48f5343d131850f01f2095edbc97bf38d36efc3178bafc2",
+        "sub.onnx": "d72f78e81a8a8daa3c673eda63218d3a4ffc65942999701c8d68c70441273ada",
+        "fc.onnx": "de306db1422b701d23893d6541bc201c8e857c6600da61f1e7a5c42adbbed9a4",
     }
     assert manifest["checkpoint"] == CHECKPOINT
     assert manifest["proof"] == {"largest_difference": 1e-6}
@@ -139,10 +147,10 @@ def test_more_files_than_the_two(tmp_path):
 
 def test_a_build_replaces_the_older_one_whole(root, engine):
     build(root, files={**FILES, "extra": b""})
-    build(root, files={"weights.npz": b"new", "network.onnx": b"new"}, notice="newer")
+    build(root, files=dict.fromkeys(FILES, b"new"), notice="newer")
     loaded = load_engine(root, "tiny", "bdn")
     assert loaded.notice == "newer"
-    assert names(loaded.folder) == ["manifest.json", "network.onnx", "weights.npz"]
+    assert names(loaded.folder) == NAMES
     assert names(root / "tiny") == ["bdn"]
 
 

@@ -26,6 +26,8 @@ FLOORS = {
     "phases": 1,
     "models": 1,
     "modelconfig": 1,
+    "qc": 1,
+    "sidecar": 1,
     "backends": 2,
     "backends.base": 2,
     "backends.fake": 2,
@@ -40,6 +42,7 @@ FLOORS = {
     "build.builder": 3,
     "pipeline": 3,
     "output": 3,
+    "report": 3,
     "cli": 4,
 }
 
@@ -50,6 +53,8 @@ SOLE_IMPORTERS = {
     "openvino": "backends.openvino",
     "tensorflow": "build.checkpoint",
     "onnx": "build.graph",
+    "scipy": "qc",
+    "PIL": "report",
 }
 
 

@@ -142,6 +142,12 @@ class NetworkSpec:
             )
         if min(self.rolling_batches, self.batch, self.train_batch) < 1:
             refuse("a batch size or rolling length below 1", "at least 1")
+        # FC layer 2 averages over the fewest values; its variance is scaled by n / (n - 1).
+        if self.fc_bn_samples(2) < 2:
+            refuse(
+                f"training segment {self.train_segment} with training batch {self.train_batch}",
+                "at least two values per channel for batch norm: a larger segment or batch",
+            )
 
     @property
     def receptive_field(self) -> int:

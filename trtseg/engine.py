@@ -180,6 +180,8 @@ def _check_manifest(folder: Path, manifest: Any, models: str, net: str, again: s
         spec = NetworkSpec.from_dict(manifest["architecture"])
     except (KeyError, ModelError) as error:
         raise refuse(f"architecture not readable ({error})", "an architecture") from error
+    if len(spec.pathways) > 1 and SUB_PART not in files:
+        raise refuse(f"{SUB_PART} is not listed", "a graph of the subsampled pathways")
     if manifest.get("sha256") != _seal(manifest):
         raise refuse("changed after it was written", "the manifest as the build wrote it")
     return spec

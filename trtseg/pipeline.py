@@ -67,8 +67,8 @@ class Segmentation:
     cortex_probabilities, brain_probabilities : ndarray, shape of the scan, float32, or None
         Probability of class 1, where asked for (the cortex's is 0 outside the brain; None for the
         brain when its mask was given).
-    models, device : str
-        Name of the model set, and the device that ran it.
+    models, device, precision : str
+        Name of the model set, the device that ran it, and in which precision.
     notice : str
         What must be said of these weights wherever the result goes; empty for the published ones.
     warnings : tuple of str
@@ -85,6 +85,7 @@ class Segmentation:
     brain_probabilities: NDArray[np.float32] | None
     models: str
     device: str
+    precision: str
     notice: str
     warnings: tuple[str, ...] = field(default=())
 
@@ -112,6 +113,8 @@ class Segmenter:
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
     threads : int, optional
         CPU threads; default the cores this process may run on.
+    precision : str
+        ``"f32"``, which gives DeepMedic's labels, or ``"bf16"``.
 
     Raises
     ------
@@ -136,10 +139,12 @@ class Segmenter:
         engines: Path | str | None = None,
         device: str = "auto",
         threads: int | None = None,
+        precision: str = "f32",
     ) -> None:
         root = engines_root(None if engines is None else Path(engines))
         self.engines = load_engines(models, root)
-        self._backend = open_backend(device, threads=threads)
+        self._backend = open_backend(device, threads=threads, precision=precision)
+        self.precision = precision
         self._networks = {net: self._backend.load(one) for net, one in self.engines.items()}
         self.models = self.engines["bdn"].models
 
@@ -220,6 +225,7 @@ class Segmenter:
             brain_probabilities=brain.probabilities,
             models=self.models,
             device=self.device,
+            precision=self.precision,
             notice=self.engines["cgm"].notice,
             warnings=warnings,
         )
@@ -270,6 +276,7 @@ def segment(
     engines: Path | str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str = "f32",
     mask: Any = None,
     probabilities: bool = False,
     reorient: bool = False,
@@ -280,7 +287,9 @@ def segment(
     For several scans make one `Segmenter`, which loads the networks once. Parameters, result and
     errors are those of the two.
     """
-    with Segmenter(models, engines=engines, device=device, threads=threads) as segmenter:
+    with Segmenter(
+        models, engines=engines, device=device, threads=threads, precision=precision
+    ) as segmenter:
         return segmenter.segment(
             scan,
             affine,

@@ -10,6 +10,9 @@ from trtseg.errors import DeviceError, UsageError
 if TYPE_CHECKING:
     from trtseg.backends.base import Backend
 
+#: Precisions of the CPU form; the first is the default.
+PRECISIONS = ("f32", "bf16")
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -26,8 +29,17 @@ def check_device(device: str) -> str:
     return device
 
 
-def open_backend(device: str, *, threads: int | None = None) -> Backend:
+def open_backend(device: str, *, threads: int | None = None, precision: str = "f32") -> Backend:
     """Open a device by name; ``auto`` is the best this version can run on, which is the CPU.
+
+    Parameters
+    ----------
+    device : str
+    threads : int, optional
+        CPU threads; default the cores this process may run on.
+    precision : str
+        ``"f32"``, DeepMedic's labels; or ``"bf16"``, faster where the processor has it, with a few
+        labels changed.
 
     Raises
     ------
@@ -36,6 +48,8 @@ def open_backend(device: str, *, threads: int | None = None) -> Backend:
     DeviceError
         The device is not available.
     """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}", expected=" or ".join(PRECISIONS))
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads", expected="at least 1")
     if check_device(device).startswith("cuda"):
@@ -46,4 +60,4 @@ def open_backend(device: str, *, threads: int | None = None) -> Backend:
         )
     from trtseg.backends.openvino import OpenVINOBackend
 
-    return OpenVINOBackend(threads=threads)
+    return OpenVINOBackend(threads=threads, precision=precision)

@@ -8,6 +8,8 @@ value (the background of a masked scan) share one answer. See `trtseg.build.part
 from __future__ import annotations
 
 import os
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,7 +65,7 @@ class OpenVINOBackend:
     Raises
     ------
     DeviceError
-        OpenVINO has no CPU device here.
+        OpenVINO has no CPU device here, or the processor lacks the precision.
     """
 
     device = "cpu"
@@ -71,14 +73,19 @@ class OpenVINOBackend:
     def __init__(self, *, threads: int | None = None, precision: str = "f32") -> None:
         self.threads = available_threads() if threads is None else threads
         self.precision = precision
-        import openvino
-
-        self._core = openvino.Core()
+        self._core = openvino_module().Core()
         if "CPU" not in self._core.available_devices:
             raise DeviceError(
                 "OpenVINO finds no CPU device",
                 expected="an x86-64 or arm64 processor it supports",
                 action="install openvino again: pip install --force-reinstall openvino",
+            )
+        able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in able:
+            raise DeviceError(
+                "this processor has no bfloat16 arithmetic",
+                expected="AVX-512 BF16 or AMX for --precision bf16",
+                action="run in float32: leave --precision out",
             )
 
     def load(self, engine: Engine) -> OpenVINONetwork:
@@ -309,6 +316,21 @@ def _window(
 
 def version() -> str:
     """Version of the OpenVINO runtime in use."""
-    import openvino
+    return str(openvino_module().__version__)
 
-    return str(openvino.__version__)
+
+def openvino_module() -> ModuleType:
+    """Import openvino without its telemetry."""
+    # Importing openvino reports the import over the network and leaves an identifier in the home
+    # folder, by its package openvino_telemetry; where that cannot be imported, it does neither.
+    telemetry = "openvino_telemetry"
+    hide = "openvino" not in sys.modules and telemetry not in sys.modules
+    if hide:
+        sys.modules[telemetry] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        if hide:
+            del sys.modules[telemetry]
+    module: ModuleType = openvino
+    return module

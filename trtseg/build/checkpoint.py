@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: A TensorFlow tensor bundle of one shard: an index and its data.
 SUFFIXES = (".index", ".data-00000-of-00001")
 
+#: What TensorFlow's reader raises besides its own errors; IndexError where a file ends too early.
+_RAISED = (IndexError, RuntimeError, ValueError)
+
 
 def read_schema(prefix: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors the index lists; the data file is not opened.
@@ -100,7 +103,7 @@ def is_available() -> bool:
 def _read(reader: Any, errors: Any, prefix: Path, name: str) -> NDArray[np.float32]:
     try:
         value = reader.get_tensor(name)
-    except (errors, RuntimeError, ValueError) as error:
+    except (errors, *_RAISED) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"{prefix.name}: tensor {name} cannot be read ({reason})",
@@ -131,7 +134,7 @@ def _open(prefix: Path) -> tuple[Any, Any]:
     errors = tensorflow.errors.OpError
     try:
         return tensorflow.train.load_checkpoint(str(prefix)), errors
-    except (errors, RuntimeError, ValueError) as error:
+    except (errors, *_RAISED) as error:
         raise ModelError(
             f"{index}: not a readable checkpoint index ({str(error).splitlines()[0]})",
             expected="the index of a TensorFlow tensor bundle",

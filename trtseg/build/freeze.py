@@ -14,6 +14,7 @@ What is folded, exactly up to rounding (all arithmetic in float64, stored as flo
 from __future__ import annotations
 
 import io
+import tokenize
 import zipfile
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -25,11 +26,23 @@ from trtseg.build.variables import LayerVariables, network_variables
 from trtseg.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
+
+#: What numpy and zipfile raise for a damaged archive, depending on the byte.
+_UNREADABLE = (
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class FrozenLayer:
     slope : ndarray, shape (in,), float32, or None
         PReLU's slope for negative values; None for no activation.
     weight : ndarray, shape (out, in, k, k, k), float32
-    bias : ndarray, shape (out,), float32, or None
+    bias : ndarray, shape (out,), float32
     residual : bool
         Whether the output gains the centre crop of the input of the layer before, on its first
         channels.
@@ -53,7 +66,7 @@ class FrozenLayer:
     shift: NDArray[np.float32] | None
     slope: NDArray[np.float32] | None
     weight: NDArray[np.float32]
-    bias: NDArray[np.float32] | None
+    bias: NDArray[np.float32]
     residual: bool
 
 
@@ -87,27 +100,29 @@ class FrozenNetwork:
         EngineError
             The content is damaged or of another architecture.
         """
-        layout = network_variables(spec)
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 arrays = dict(archive.items())
-            pathways = tuple(
-                tuple(
-                    _layer(arrays, f"{pathway.name}.{number}", variables.residual)
-                    for number, variables in enumerate(layers, 1)
-                )
-                for pathway, layers in zip(spec.pathways, layout.pathways, strict=True)
+        except _UNREADABLE as error:
+            raise _unreadable(str(error)) from error
+        expected = _array_shapes(spec)
+        for name in sorted(expected.keys() | arrays.keys()):
+            array = arrays.get(name)
+            found = None if array is None else (array.shape, array.dtype)
+            if found != (expected.get(name), np.float32):
+                raise _unreadable(f"{name} is {found}, not {expected.get(name)} of float32")
+        layout = network_variables(spec)
+        pathways = tuple(
+            tuple(
+                _layer(arrays, f"{pathway.name}.{number}", variables.residual)
+                for number, variables in enumerate(layers, 1)
             )
-            fc = tuple(
-                _layer(arrays, f"fc.{number}", variables.residual)
-                for number, variables in enumerate(layout.fc, 1)
-            )
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise EngineError(
-                f"folded weights that cannot be read ({error})",
-                expected="the weights of this architecture",
-                action="build again: trtseg engines build",
-            ) from error
+            for pathway, layers in zip(spec.pathways, layout.pathways, strict=True)
+        )
+        fc = tuple(
+            _layer(arrays, f"fc.{number}", variables.residual)
+            for number, variables in enumerate(layout.fc, 1)
+        )
         return cls(spec, pathways, fc)
 
     def _named(self) -> list[tuple[str, FrozenLayer]]:
@@ -179,8 +194,7 @@ def _fold_sequence(layers: list[_Layer]) -> tuple[_Layer, ...]:
     folded = list(layers)
     for index in range(1, len(folded)):
         layer, before = folded[index], folded[index - 1]
-        tapped = index + 1 < len(folded) and folded[index + 1].residual
-        if layer.scale is None or layer.shift is None or before.residual or tapped:
+        if layer.scale is None or layer.shift is None or not _folds(layers, index):
             continue
         folded[index - 1] = replace(
             before,
@@ -189,6 +203,43 @@ def _fold_sequence(layers: list[_Layer]) -> tuple[_Layer, ...]:
         )
         folded[index] = replace(layer, scale=None, shift=None)
     return tuple(folded)
+
+
+def _folds(layers: Sequence[_Layer] | Sequence[LayerVariables], index: int) -> bool:
+    """Whether only this layer reads the output of the convolution before it."""
+    tapped = index + 1 < len(layers) and layers[index + 1].residual
+    return index > 0 and not layers[index - 1].residual and not tapped
+
+
+def _array_shapes(spec: NetworkSpec) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every array of the serialised form."""
+    layout = network_variables(spec)
+    sequences = [
+        *((p.name, layers) for p, layers in zip(spec.pathways, layout.pathways, strict=True)),
+        ("fc", layout.fc),
+    ]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for sequence, layers in sequences:
+        for index, layer in enumerate(layers):
+            name = f"{sequence}.{index + 1}"
+            out, channels, *kernel = layer.weight_shape
+            if layer is layout.fc[-1]:
+                out = 1
+            shapes[f"{name}.weight"] = (out, channels, *kernel)
+            shapes[f"{name}.bias"] = (out,)
+            if layer.norm is not None:
+                shapes[f"{name}.slope"] = (channels,)
+                if not _folds(layers, index):
+                    shapes[f"{name}.scale"] = shapes[f"{name}.shift"] = (channels,)
+    return shapes
+
+
+def _unreadable(reason: str) -> EngineError:
+    return EngineError(
+        f"folded weights that cannot be read ({reason})",
+        expected="the weights of this architecture",
+        action="build again: trtseg engines build",
+    )
 
 
 def _single(layers: tuple[_Layer, ...]) -> tuple[FrozenLayer, ...]:
@@ -201,7 +252,7 @@ def _single(layers: tuple[_Layer, ...]) -> tuple[FrozenLayer, ...]:
             shift=narrow(layer.shift),
             slope=narrow(layer.slope),
             weight=np.ascontiguousarray(layer.weight, np.float32),
-            bias=narrow(layer.bias) if layer.bias.any() else None,
+            bias=np.ascontiguousarray(layer.bias, np.float32),
             residual=layer.residual,
         )
         for layer in layers
@@ -214,6 +265,6 @@ def _layer(arrays: Mapping[str, NDArray[np.float32]], name: str, residual: bool)
         shift=arrays.get(f"{name}.shift"),
         slope=arrays.get(f"{name}.slope"),
         weight=arrays[f"{name}.weight"],
-        bias=arrays.get(f"{name}.bias"),
+        bias=arrays[f"{name}.bias"],
         residual=residual,
     )

@@ -79,9 +79,11 @@ def add_sequence(graph: Graph, name: str, layers: Sequence[FrozenLayer], feature
         label = f"{name}.{number}"
         values = add_activation(graph, label, layer, features)
         channels, channels_in, kernel = layer.weight.shape[:3]
-        operands = [values, graph.constant(f"{label}.weight", layer.weight)]
-        if layer.bias is not None:
-            operands.append(graph.constant(f"{label}.bias", layer.bias))
+        operands = [
+            values,
+            graph.constant(f"{label}.weight", layer.weight),
+            graph.constant(f"{label}.bias", layer.bias),
+        ]
         result = graph.node("Conv", operands, kernel_shape=[kernel] * 3)
         if layer.residual:
             # What two valid convolutions take off per side; the published crop comes to the same.

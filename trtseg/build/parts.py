@@ -94,9 +94,11 @@ def _fc(network: FrozenNetwork) -> bytes:
         values = add_activation(graph, f"fc.1.{name}", first, name, channels=channels)
         weight = first.weight[:, channels]
         if pathway.factor == 1:
-            operands = [values, graph.constant("fc.1.weight", weight)]
-            if first.bias is not None:
-                operands.append(graph.constant("fc.1.bias", first.bias))
+            operands = [
+                values,
+                graph.constant("fc.1.weight", weight),
+                graph.constant("fc.1.bias", first.bias),
+            ]
             result = graph.node("Conv", operands, kernel_shape=[spec.fc_kernel] * 3)
             sums.append(_rows(graph, "fc.1", result, len(weight)))
             centre = graph.crop("fc.1.centre", name, [half] * 3, [half] * 3)
@@ -154,9 +156,7 @@ def _product(graph: Graph, label: str, layer: FrozenLayer, rows: str) -> str:
     values = add_activation(graph, label, layer, rows, channels_last=True)
     matrix = layer.weight.reshape(layer.weight.shape[:2]).T
     result = graph.node("MatMul", [values, graph.constant(f"{label}.weight", matrix)])
-    if layer.bias is not None:
-        result = graph.node("Add", [result, graph.constant(f"{label}.bias", layer.bias)])
-    return result
+    return graph.node("Add", [result, graph.constant(f"{label}.bias", layer.bias)])
 
 
 def _rows(graph: Graph, label: str, values: str, channels: int) -> str:

@@ -1,0 +1,283 @@
+"""The same scan through TensorFlow, ONNX Runtime, OpenVINO on the plain graph, and trtseg.
+
+    python bench/speed.py [SCAN] [--models demo] [--repeats 3] [--only NAME ...] [--json FILE]
+
+Prints one row per form: seconds for both networks end to end, the ratio to TensorFlow, the rate of
+the multiply-adds executed, and how many labels differ from the first float32 form of the run. The
+ceiling is one large convolution in the same runtime, timed in the same run. Every form runs in this
+process on the same threads; each is warmed up by its first repeat, which is not counted. Needs the
+bench extra: pip install '.[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import work
+from numpy.typing import NDArray
+
+from trtseg import tiling
+from trtseg.architecture import NETWORKS, PUBLISHED, NetworkSpec
+from trtseg.backends.openvino import OpenVINOBackend, available_threads, openvino_module
+from trtseg.build import checkpoint, graph
+from trtseg.build.freeze import freeze
+from trtseg.build.parts import parts
+from trtseg.build.variables import network_variables
+from trtseg.home import demo_folder
+from trtseg.models import find_models
+from trtseg.nifti import read_scan
+from trtseg.normalise import z_score
+from trtseg.tiling import TilePlan
+
+Labels = NDArray[np.uint8]
+Run = Callable[[NDArray[np.float32], TilePlan], Labels]
+
+
+def published_plan(
+    shape: tuple[int, int, int], spec: NetworkSpec, roi: NDArray[np.bool_] | None
+) -> TilePlan:
+    """Tiles that DeepMedic runs: all whose whole input holds a voxel of the ROI."""
+    plan = tiling.plan_tiles(shape, spec)
+    if roi is None:
+        return plan
+    padded = np.pad(roi, plan.padding, "reflect")
+    keep = [
+        padded[tuple(slice(s, s + spec.tile) for s in start)].any()
+        for start in plan.starts.tolist()
+    ]
+    return TilePlan(spec, plan.shape, plan.padding, plan.starts[keep], plan.boxes[keep])
+
+
+def tensorflow_form(variables: dict[str, Any], spec: NetworkSpec) -> Run:
+    """DeepMedic's own way: batches of 5 tiles, unfolded layers."""
+    from tensorflow_network import TensorFlowNetwork
+
+    return TensorFlowNetwork(variables, spec).run
+
+
+def plain_form(call: Callable[[dict[str, Any]], Any], spec: NetworkSpec) -> Run:
+    """Tile by tile on the published graph form."""
+
+    def run(volume: NDArray[np.float32], plan: TilePlan) -> Labels:
+        padded = tiling.pad(volume, plan)
+        labels = np.zeros(plan.shape, np.uint8)
+        for starts in plan.batches(1):
+            tiling.stitch(labels, starts[0], call(tiling.gather(padded, starts, spec))[0] > 0)
+        return labels
+
+    return run
+
+
+def onnxruntime_form(frozen: Any, spec: NetworkSpec) -> Run:
+    """ONNX Runtime on the published graph form."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_threads()
+    session = onnxruntime.InferenceSession(
+        graph.plain(frozen), options, providers=["CPUExecutionProvider"]
+    )
+    return plain_form(lambda inputs: session.run(None, inputs)[0], spec)
+
+
+def openvino_form(frozen: Any, spec: NetworkSpec) -> Run:
+    """OpenVINO on the published graph form, float32."""
+    core = openvino_module().Core()
+    model = core.read_model(graph.plain(frozen))
+    model.reshape({name: [1, 1, n, n, n] for name, n in spec.input_sizes().items()})
+    request = core.compile_model(model, "CPU", openvino_options("f32")).create_infer_request()
+
+    def call(inputs: dict[str, Any]) -> Any:
+        request.infer(inputs, share_inputs=True)
+        return request.get_output_tensor(0).data
+
+    return plain_form(call, spec)
+
+
+def openvino_options(precision: str) -> dict[str, str]:
+    """As trtseg's own backend asks for."""
+    return {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(available_threads()),
+    }
+
+
+def trtseg_form(frozen: Any, spec: NetworkSpec, precision: str) -> Run:
+    """The CPU form of trtseg itself."""
+    network = OpenVINOBackend(precision=precision).compile(spec, parts(frozen))
+    return lambda volume, plan: network.run(volume, plan).labels
+
+
+def ceiling(precision: str) -> float:
+    """Multiply-adds a second of a large 3 x 3 x 3 convolution, 128 to 256 channels, in OpenVINO."""
+    import onnx
+
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((256, 128, 3, 3, 3)).astype(np.float32)
+    helper = onnx.helper
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Conv", ["x", "w"], ["y"])],
+            "ceiling",
+            [helper.make_tensor_value_info("x", 1, [1, 128, 34, 34, 34])],
+            [helper.make_tensor_value_info("y", 1, [1, 256, 32, 32, 32])],
+            initializer=[onnx.numpy_helper.from_array(weight, "w")],
+        ),
+        opset_imports=[helper.make_opsetid("", graph.OPSET)],
+        ir_version=8,
+    )
+    core = openvino_module().Core()
+    compiled = core.compile_model(
+        core.read_model(model.SerializeToString()), "CPU", openvino_options(precision)
+    )
+    request = compiled.create_infer_request()
+    inputs = {"x": rng.standard_normal((1, 128, 34, 34, 34)).astype(np.float32)}
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        request.infer(inputs, share_inputs=True)
+        times.append(time.perf_counter() - started)
+    return float(32**3 * 27 * 128 * 256 / statistics.median(times[1:]))
+
+
+def forms(models: str, wanted: list[str]) -> dict[str, dict[str, Run]]:
+    """Form name to its two networks."""
+    stored = find_models(models)
+    required = network_variables(PUBLISHED).required(PUBLISHED)
+    found: dict[str, dict[str, Run]] = {name: {} for name in wanted}
+    for net in NETWORKS:
+        variables = checkpoint.read_variables(stored.checkpoint(net), required)
+        frozen = freeze(variables, PUBLISHED)
+        makers: dict[str, Callable[[], Run]] = {
+            "tensorflow": lambda v=variables: tensorflow_form(v, PUBLISHED),
+            "onnxruntime": lambda f=frozen: onnxruntime_form(f, PUBLISHED),
+            "openvino": lambda f=frozen: openvino_form(f, PUBLISHED),
+            "trtseg f32": lambda f=frozen: trtseg_form(f, PUBLISHED, "f32"),
+            "trtseg bf16": lambda f=frozen: trtseg_form(f, PUBLISHED, "bf16"),
+        }
+        for name in wanted:
+            found[name][net] = makers[name]()
+    return found
+
+
+def run_both(networks: dict[str, Run], path: Path, ours: bool) -> dict[str, Any]:
+    """Read, normalise and run both networks; seconds, labels and executed multiply-adds."""
+    plan_tiles = tiling.plan_tiles if ours else published_plan
+    started = time.perf_counter()
+    scores = z_score(read_scan(path)).data
+    begun = time.perf_counter()
+    brain_plan = plan_tiles(scores.shape, PUBLISHED, None)
+    brain = networks["bdn"](scores, brain_plan)
+    middle = time.perf_counter()
+    roi = brain.astype(bool)
+    cortex_plan = plan_tiles(scores.shape, PUBLISHED, roi)
+    cortex = networks["cgm"](scores, cortex_plan) * roi
+    ended = time.perf_counter()
+    if ours:
+        executed = work.executed(brain_plan) + work.executed(cortex_plan)
+    else:
+        batch = PUBLISHED.batch
+        tiles = sum(-(-len(plan) // batch) * batch for plan in (brain_plan, cortex_plan))
+        executed = tiles * PUBLISHED.multiply_adds()
+    return {
+        "seconds": ended - started,
+        "bdn": middle - begun,
+        "cgm": ended - middle,
+        "network": ended - begun,
+        "executed": executed,
+        "tiles": [len(brain_plan), len(cortex_plan)],
+        "brain": brain,
+        "cortex": cortex,
+    }
+
+
+NAMES = ["tensorflow", "onnxruntime", "openvino", "trtseg f32", "trtseg bf16"]
+
+
+def measure(path: Path, models: str, names: list[str], repeats: int) -> list[dict[str, Any]]:
+    """One row per form; the forms take turns, so that a drifting machine is fair to all."""
+    networks = forms(models, names)
+    ceilings = {precision: ceiling(precision) for precision in ("f32", "bf16")}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(repeats + 1):
+        for name in names:
+            runs[name].append(run_both(networks[name], path, name.startswith("trtseg")))
+    reference = runs[next(name for name in names if "bf16" not in name)][-1]
+    rows = []
+    for name in names:
+        counted = runs[name][1:]
+        median = statistics.median(run["seconds"] for run in counted)
+        network = statistics.median(run["network"] for run in counted)
+        last = runs[name][-1]
+        inside = reference["brain"].astype(bool) | last["brain"].astype(bool)
+        rate = last["executed"] / network
+        rows.append(
+            {
+                "form": name,
+                "seconds": median,
+                "bdn": statistics.median(run["bdn"] for run in counted),
+                "cgm": statistics.median(run["cgm"] for run in counted),
+                "tiles": last["tiles"],
+                "gflops": 2e-9 * rate,
+                "of_ceiling": rate / ceilings["bf16" if "bf16" in name else "f32"],
+                "brain_differs": int((last["brain"] != reference["brain"]).sum()),
+                "cortex_differs": int((last["cortex"] != reference["cortex"]).sum()),
+                "cortex_agreement": float((last["cortex"] == reference["cortex"])[inside].mean()),
+            }
+        )
+    first = rows[0]["seconds"]
+    for row in rows:
+        row["times_faster"] = first / row["seconds"]
+    print(f"ceiling: f32 {2e-9 * ceilings['f32']:.0f}, bf16 {2e-9 * ceilings['bf16']:.0f} GFLOP/s")
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    print(
+        f"{'form':<12} {'s':>7} {'BDN s':>7} {'CGM s':>7} {'ratio':>6} {'GFLOP/s':>8} "
+        f"{'ceiling':>8} {'brain':>6} {'cortex':>6}  labels that differ"
+    )
+    for row in rows:
+        print(
+            f"{row['form']:<12} {row['seconds']:7.2f} {row['bdn']:7.2f} {row['cgm']:7.2f} "
+            f"{row['times_faster']:5.2f}x {row['gflops']:8.0f} {row['of_ceiling']:8.0%} "
+            f"{row['brain_differs']:6d} {row['cortex_differs']:6d}"
+        )
+
+
+def main() -> None:
+    """Parse, measure, print, and fail if a float32 form's labels differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scan", type=Path, nargs="?", default=demo_folder() / "phantom_23w.nii.gz")
+    parser.add_argument("--models", default="demo")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = measure(options.scan, options.models, options.only, options.repeats)
+    show(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    # Rounding may decide a handful of voxels whose probability is within 2.5e-5 of 0.5.
+    wrong = [
+        row["form"]
+        for row in rows
+        if "bf16" not in row["form"] and row["brain_differs"] + row["cortex_differs"] > 20
+    ]
+    if wrong:
+        sys.exit(f"labels differ: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""What a result was made from, as JSON beside it: digests, versions, options, volumes, checks.
+
+Nothing here names a person or a place: a scan is known by the first 12 characters of its SHA-256,
+and file names appear only where `keep_names` asks for them. Folders and dates never do.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from trtseg import __version__
+from trtseg.errors import InputError, OutputError, UsageError
+from trtseg.files import atomic_write, atomic_write_json, sha256_bytes, sha256_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from trtseg.engine import Engine
+    from trtseg.qc import Qc
+
+#: Meaning of the fields; a change of meaning raises it, a new field does not.
+SCHEMA = 1
+
+#: Characters of the SHA-256 that a scan is called by.
+ID_LENGTH = 12
+
+#: What every report must say.
+NOT_A_DEVICE = (
+    "Research software, not a medical device: validated for no clinical use. Look at every result."
+)
+
+#: Suffixes `write_stats` writes.
+STATS_SUFFIXES = (".csv", ".json")
+
+#: Packages whose versions can change a result or a report; those not installed are left out.
+_PACKAGES = ("numpy", "scipy", "nibabel", "openvino", "tensorrt", "pillow")
+
+_PAIR = {".hdr": ".img", ".img": ".hdr"}
+
+# A spreadsheet runs a cell that begins with one of these as a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One value of a label map.
+
+    Attributes
+    ----------
+    index : int
+        The voxel value.
+    name, abbreviation : str
+    color : str
+        ``#rrggbb``, of Okabe and Ito's palette, which colour-blind people tell apart.
+    mapping : int or None
+        Index in BIDS's table of common image-derived labels; None where it has none.
+    """
+
+    index: int
+    name: str
+    abbreviation: str
+    color: str
+    mapping: int | None
+
+
+BRAIN_COLOR = "#56b4e9"
+CORTEX_COLOR = "#e69f00"
+
+#: Lookup tables of the label maps: each map by itself, and both in one (2 wins over 1).
+LABELS = {
+    "brain": (Label(1, "Brain", "BRAIN", BRAIN_COLOR, None),),
+    "cortex": (Label(1, "Cortical Gray Matter", "CGM", CORTEX_COLOR, 8),),
+    "combined": (
+        Label(1, "Brain other than Cortical Gray Matter", "BRAINOTHER", BRAIN_COLOR, None),
+        Label(2, "Cortical Gray Matter", "CGM", CORTEX_COLOR, 8),
+    ),
+}
+
+
+class Result(Protocol):
+    """What is described: the part of `trtseg.Segmentation` that matters here."""
+
+    @property
+    def brain(self) -> NDArray[np.uint8]:
+        """Labels, shape (i, j, k)."""
+
+    @property
+    def brain_ml(self) -> float:
+        """Volume in mL."""
+
+    @property
+    def cortex_ml(self) -> float:
+        """Volume in mL."""
+
+    @property
+    def times(self) -> Mapping[str, float]:
+        """Seconds of each stage."""
+
+    @property
+    def models(self) -> str:
+        """Name of the model set."""
+
+    @property
+    def device(self) -> str:
+        """Where it ran."""
+
+    @property
+    def precision(self) -> str:
+        """What the networks computed in."""
+
+    @property
+    def notice(self) -> str:
+        """What must be said of the weights."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know."""
+
+
+def describe(
+    result: Result,
+    *,
+    inputs: Mapping[str, Path | NDArray[Any]],
+    outputs: Mapping[str, Path],
+    engines: Mapping[str, Engine],
+    qc: Qc,
+    options: Mapping[str, Any],
+    times: Mapping[str, float] | None = None,
+    keep_names: bool = False,
+) -> dict[str, Any]:
+    """Say all that made a result, as plain data for JSON.
+
+    Parameters
+    ----------
+    result : trtseg.Segmentation
+    inputs : mapping of str to Path or ndarray
+        ``"scan"``, and ``"mask"`` where one was given.
+    outputs : mapping of str to Path
+        What each written file holds, such as ``"cortex"``, to the file.
+    engines : mapping of str to Engine
+        ``"bdn"`` and ``"cgm"``.
+    qc : Qc
+    options : mapping of str to None, bool, int, float, str or Path
+        As the user gave them. Of a Path, or a str that is a path, only the name is kept, and only
+        with `keep_names`; else it is ``"given"``.
+    times : mapping of str to float, optional
+        Seconds of each stage, writing included; default ``result.times``.
+    keep_names : bool
+        Whether file names may appear.
+
+    Returns
+    -------
+    dict
+        `schema`; `id`, the first 12 characters of the scan's SHA-256; `inputs` and `outputs`, a
+        digest each; `models`, with the digests of checkpoint and engine files; `versions`;
+        `device`; `precision`; `options`; `times_s`; `volumes_ml`; `qc`; `notice`; `warnings`;
+        `suspect`; `disclaimer`.
+
+    Raises
+    ------
+    InputError, OutputError
+        A file cannot be read to take its digest.
+    """
+    given = {role: _input_digest(one, keep_names) for role, one in inputs.items()}
+    return {
+        "schema": SCHEMA,
+        "id": given["scan"]["sha256"][:ID_LENGTH],
+        "inputs": given,
+        "outputs": {role: _output_digest(one, keep_names) for role, one in outputs.items()},
+        "shape": list(result.brain.shape),
+        "models": {
+            "set": result.models,
+            "networks": {net: _network(engine) for net, engine in engines.items()},
+        },
+        "versions": versions(),
+        "device": result.device,
+        "precision": result.precision,
+        "options": {name: _option(value, keep_names) for name, value in options.items()},
+        "times_s": dict(result.times if times is None else times),
+        "volumes_ml": {"brain": result.brain_ml, "cortex": result.cortex_ml},
+        "qc": {"suspect": qc.suspect, "checks": [check.to_dict() for check in qc.checks]},
+        "suspect": qc.suspect,
+        "notice": result.notice,
+        "warnings": list(result.warnings),
+        "disclaimer": NOT_A_DEVICE,
+    }
+
+
+def scan_name(description: Mapping[str, Any]) -> str:
+    """What to call the scan of a description: its file name where kept, else its id."""
+    return str(description["inputs"]["scan"].get("name", description["id"]))
+
+
+def write_sidecar(path: Path, description: Mapping[str, Any]) -> None:
+    """Write a description as JSON, atomically.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    atomic_write_json(path, description)
+
+
+def write_lookup(path: Path, kind: str) -> None:
+    """Write the BIDS lookup table (``*_dseg.tsv``) of a label map, atomically.
+
+    Parameters
+    ----------
+    path : Path
+    kind : str
+        ``"brain"``, ``"cortex"`` or ``"combined"``, see `LABELS`.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    rows = ["index\tname\tabbreviation\tcolor\tmapping"]
+    for label in LABELS[kind]:
+        mapping = "n/a" if label.mapping is None else str(label.mapping)
+        rows.append(
+            "\t".join((str(label.index), label.name, label.abbreviation, label.color, mapping))
+        )
+    with atomic_write(path) as stream:
+        stream.write(("\n".join(rows) + "\n").encode())
+
+
+def stats_row(description: Mapping[str, Any]) -> dict[str, Any]:
+    """One scan's row of a table across scans.
+
+    Parameters
+    ----------
+    description : mapping
+        From `describe`.
+
+    Returns
+    -------
+    dict
+        `id` (the file name where kept), `status` (``"ok"`` or ``"suspect"``), `brain_ml`,
+        `cortex_ml`, ``qc_<check>`` with each verdict, ``time_<stage>_s``, `models`, `device`,
+        `precision`, `trtseg` (its version), `notice`.
+    """
+    verdicts = {f"qc_{one['name']}": one["verdict"] for one in description["qc"]["checks"]}
+    times = {
+        f"time_{stage.replace('-', '_')}_s": seconds
+        for stage, seconds in description["times_s"].items()
+    }
+    return {
+        "id": scan_name(description),
+        "status": "suspect" if description["suspect"] else "ok",
+        "brain_ml": description["volumes_ml"]["brain"],
+        "cortex_ml": description["volumes_ml"]["cortex"],
+        **verdicts,
+        **times,
+        "models": description["models"]["set"],
+        "device": description["device"],
+        "precision": description["precision"],
+        "trtseg": description["versions"]["trtseg"],
+        "notice": description["notice"],
+    }
+
+
+def failed_row(scan: Path, exit_code: int, *, keep_names: bool = False) -> dict[str, Any]:
+    """Row of a scan that could not be segmented; the id is empty if it cannot even be read."""
+    try:
+        identity = scan.name if keep_names else _file_digest(scan)[:ID_LENGTH]
+    except OSError:
+        identity = ""
+    return {"id": identity, "status": f"failed with exit code {exit_code}"}
+
+
+def check_stats_path(path: Path) -> None:
+    """Refuse a table of a kind that is not written, before anything runs.
+
+    Raises
+    ------
+    UsageError
+        The name ends neither in .csv nor in .json.
+    """
+    if path.suffix.lower() not in STATS_SUFFIXES:
+        raise UsageError(
+            f"--stats {path.name}",
+            expected=f"a name ending in {' or '.join(STATS_SUFFIXES)}",
+        )
+
+
+def write_stats(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table across scans, atomically.
+
+    Parameters
+    ----------
+    path : Path
+        .csv, with a column for every key in the order they first appear, or .json, a list.
+    rows : sequence of mapping
+        From `stats_row` and `failed_row`.
+
+    Raises
+    ------
+    UsageError
+        The suffix is another one.
+    OutputError
+        The file cannot be written.
+    """
+    check_stats_path(path)
+    if path.suffix.lower() == ".csv":
+        text = _as_csv(rows)
+    else:
+        text = json.dumps(list(rows), indent=2) + "\n"
+    with atomic_write(path) as stream:
+        # A file name may hold bytes that are no text; they are shown as escapes.
+        stream.write(text.encode("utf-8", "backslashreplace"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of trtseg, Python and the installed packages a result depends on."""
+    found = {"trtseg": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _input_digest(source: Path | NDArray[Any], keep_names: bool) -> dict[str, Any]:
+    if isinstance(source, np.ndarray):
+        # Little-endian, last index fastest: the same on every machine.
+        data = np.ascontiguousarray(source, dtype=source.dtype.newbyteorder("<"))
+        return {"sha256": sha256_bytes(data.tobytes()), "of": f"array of {data.dtype.name}"}
+    try:
+        digest = _file_digest(source)
+    except OSError as error:
+        raise InputError(
+            f"{source}: {error.strerror or error}",
+            expected="the file that was segmented, to take its digest",
+            action="leave it in place until the run is over",
+        ) from error
+    return _named({"sha256": digest, "of": "file"}, source, keep_names)
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; of an .hdr/.img pair, of the header's and then the image's."""
+    other = _PAIR.get(path.suffix.lower())
+    if other is None:
+        return sha256_file(path)
+    partner = path.with_suffix(other.upper() if path.suffix.isupper() else other)
+    header, image = (path, partner) if other == ".img" else (partner, path)
+    return sha256_bytes(header.read_bytes() + image.read_bytes())
+
+
+def _output_digest(path: Path, keep_names: bool) -> dict[str, Any]:
+    try:
+        digest = sha256_file(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: {error.strerror or error}",
+            expected="the file that was just written, to take its digest",
+            action="run it again, with nothing else writing to that folder",
+        ) from error
+    return _named({"sha256": digest}, path, keep_names)
+
+
+def _named(entry: dict[str, Any], path: Path, keep_names: bool) -> dict[str, Any]:
+    return {**entry, "name": path.name} if keep_names else entry
+
+
+def _network(engine: Engine) -> dict[str, Any]:
+    manifest = engine.manifest
+    return {
+        # The part of a checkpoint, not its file name, which is the user's for unpublished ones.
+        "checkpoint_sha256": {
+            name.rpartition(".")[2]: digest for name, digest in manifest["checkpoint"].items()
+        },
+        "engine_sha256": dict(manifest["files"]),
+        "built_with": dict(manifest["versions"]),
+    }
+
+
+def _option(value: Any, keep_names: bool) -> Any:
+    is_path = isinstance(value, os.PathLike) or (
+        isinstance(value, str) and any(mark in value for mark in ("/", "\\"))
+    )
+    if not is_path:
+        return value
+    return Path(value).name if keep_names else "given"
+
+
+def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    # Lines end in CR LF, as RFC 4180 has it; with another end, a lone CR would not be quoted.
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\r\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A cell no spreadsheet takes for a formula: text that looks like one gets a leading quote."""
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return "'" + value
+    return value
