@@ -250,6 +250,7 @@ def segmentation(*, probabilities: bool = True) -> Segmentation:
         brain_probabilities=chance if probabilities else None,
         models="demo",
         device="cpu",
+        precision="f32",
         notice="demo weights",
     )
 
