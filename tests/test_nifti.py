@@ -434,7 +434,7 @@ def test_no_permission(tmp_path, monkeypatch):
 
 
 def test_nul_byte_in_the_name():
-    assert "null byte" in refusal(Path("a\0b.nii"))
+    assert "null" in refusal(Path("a\0b.nii"))
 
 
 def test_memory_that_runs_out(tmp_path, monkeypatch):
