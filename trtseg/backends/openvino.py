@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 #: Voxels of a block: its features take 200 bytes each, and the layers before them several times
 #: that, which must fit beside a large scan in a laptop's memory (bench/memory.py).
-BLOCK_VOXELS = 80**3
+BLOCK_VOXELS = 60**3
 
 #: Tiles whose subsampled pathways run together.
 SUB_BATCH = 4
@@ -109,12 +109,12 @@ class OpenVINOBackend:
         """
         return OpenVINONetwork(
             spec,
-            normal=self._request(parts[NORMAL_PART]),
-            sub=self._request(parts[SUB_PART]) if SUB_PART in parts else None,
-            fc=self._request(parts[FC_PART]),
+            normal=self._compile(parts[NORMAL_PART]),
+            sub=self._compile(parts[SUB_PART]) if SUB_PART in parts else None,
+            fc=self._compile(parts[FC_PART]),
         )
 
-    def _request(self, graph: Path | bytes) -> Any:
+    def _compile(self, graph: Path | bytes) -> Any:
         config = {
             # Said outright: on processors with bfloat16 units OpenVINO would choose that.
             "INFERENCE_PRECISION_HINT": self.precision,
@@ -124,7 +124,7 @@ class OpenVINOBackend:
         }
         try:
             model = self._core.read_model(graph if isinstance(graph, bytes) else str(graph))
-            return self._core.compile_model(model, "CPU", config).create_infer_request()
+            return self._core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
             raise EngineError(
@@ -143,9 +143,10 @@ class OpenVINONetwork:
 
     def __init__(self, spec: NetworkSpec, *, normal: Any, sub: Any, fc: Any) -> None:
         self.spec = spec
-        self._normal = normal
-        self._sub = sub
-        self._fc = fc
+        self._models = [model for model in (normal, sub, fc) if model is not None]
+        self._normal = normal.create_infer_request()
+        self._sub = None if sub is None else sub.create_infer_request()
+        self._fc = fc.create_infer_request()
 
     def run(
         self,
@@ -159,8 +160,13 @@ class OpenVINONetwork:
         padded = tiling.pad(volume, plan)
         output = _Output(plan, probabilities, progress)
         varied = self._settle_constant_tiles(padded, output)
-        for block in tiling.group_tiles(plan, varied, max_voxels=BLOCK_VOXELS):
-            self._run_block(padded, block, output)
+        try:
+            for block in tiling.group_tiles(plan, varied, max_voxels=BLOCK_VOXELS):
+                self._run_block(padded, block, output)
+        finally:
+            # Room for the other network: what a block's layers filled is several times the scan.
+            for model in self._models:
+                model.release_memory()
         return NetworkOutput(output.labels, output.maps)
 
     def tile_logits(self, inputs: Mapping[str, Features]) -> Features:
