@@ -7,8 +7,10 @@ value (the background of a masked scan) share one answer. See `trtseg.build.part
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from trtseg.errors import DeviceError, EngineError
 from trtseg.phases import box_indices, cell_range, reach
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from trtseg.tiling import TilePlan
 
     Features = NDArray[np.float32]
+    _Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
 #: Voxels of a block: its features take 200 bytes each, and the layers before them several times
 #: that, which must fit beside a large scan in a laptop's memory (bench/memory.py).
@@ -39,6 +42,17 @@ BLOCK_VOXELS = 60**3
 
 #: Tiles whose subsampled pathways run together.
 SUB_BATCH = 4
+
+#: A box of at least this share of its tile is computed as the whole tile: with its size fixed at
+#: compile time the last part takes about 0.78 of the time (bench/README.md).
+WHOLE_SHARE = 0.75
+
+#: Boxes of one size in a plan from which on compiling for that size pays: it takes about 0.1 s, and
+#: saves about 15 ms a whole tile.
+FIXED_SIZE_BOXES = 12
+
+#: Sizes kept compiled, most recently used: more than one scan shape's, each about 30 MB.
+FIXED_SIZES = 6
 
 #: A constant tile's answer is shared only where it is this far from a tie, in logits: far more than
 #: rounding can move it, so that sharing changes no label.
@@ -107,14 +121,28 @@ class OpenVINOBackend:
         EngineError
             OpenVINO refuses a graph.
         """
+        fc = self._read(parts[FC_PART])
         return OpenVINONetwork(
             spec,
-            normal=self._compile(parts[NORMAL_PART]),
-            sub=self._compile(parts[SUB_PART]) if SUB_PART in parts else None,
-            fc=self._compile(parts[FC_PART]),
+            normal=self._compile(self._read(parts[NORMAL_PART])),
+            sub=self._compile(self._read(parts[SUB_PART])) if SUB_PART in parts else None,
+            fc=self._compile(fc.clone()),
+            fc_of_sizes=functools.partial(self._compile_fixed, fc),
         )
 
-    def _compile(self, graph: Path | bytes) -> Any:
+    def _compile_fixed(self, model: Any, sizes: dict[str, Sequence[int]]) -> Any:
+        fixed = model.clone()
+        fixed.reshape({name: list(size) for name, size in sizes.items()})
+        return self._compile(fixed)
+
+    def _read(self, graph: Path | bytes) -> Any:
+        try:
+            return self._core.read_model(graph if isinstance(graph, bytes) else str(graph))
+        except RuntimeError as error:
+            name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
+            raise _refused(name, error) from error
+
+    def _compile(self, model: Any) -> Any:
         config = {
             # Said outright: on processors with bfloat16 units OpenVINO would choose that.
             "INFERENCE_PRECISION_HINT": self.precision,
@@ -123,15 +151,9 @@ class OpenVINOBackend:
             "INFERENCE_NUM_THREADS": str(self.threads),
         }
         try:
-            model = self._core.read_model(graph if isinstance(graph, bytes) else str(graph))
             return self._core.compile_model(model, "CPU", config)
         except RuntimeError as error:
-            name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
-            raise EngineError(
-                f"{name}: OpenVINO cannot run it ({str(error).strip().splitlines()[-1]})",
-                expected="a graph that trtseg built",
-                action="build again: trtseg engines build",
-            ) from error
+            raise _refused(model.get_friendly_name(), error) from error
 
     def close(self) -> None:
         """Drop the library's handle; compiled networks go with their last reference."""
@@ -141,12 +163,23 @@ class OpenVINOBackend:
 class OpenVINONetwork:
     """A network compiled for the CPU; see `trtseg.backends.base.Network`."""
 
-    def __init__(self, spec: NetworkSpec, *, normal: Any, sub: Any, fc: Any) -> None:
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        *,
+        normal: Any,
+        sub: Any,
+        fc: Any,
+        fc_of_sizes: Callable[[dict[str, Sequence[int]]], Any],
+    ) -> None:
         self.spec = spec
         self._models = [model for model in (normal, sub, fc) if model is not None]
         self._normal = normal.create_infer_request()
-        self._sub = None if sub is None else sub.create_infer_request()
+        self._sub: Any = None if sub is None else sub.create_infer_request()
         self._fc = fc.create_infer_request()
+        self._fc_of_sizes = fc_of_sizes
+        # Input sizes to the model compiled for them and its request, least recently used first.
+        self._fixed: dict[_Sizes, tuple[Any, Any]] = {}
 
     def run(
         self,
@@ -159,13 +192,15 @@ class OpenVINONetwork:
         """Decide every box of the plan, block by block."""
         padded = tiling.pad(volume, plan)
         output = _Output(plan, probabilities, progress)
-        varied = self._settle_constant_tiles(padded, output)
         try:
-            for block in tiling.group_tiles(plan, varied, max_voxels=BLOCK_VOXELS):
-                self._run_block(padded, block, output)
+            varied = self._settle_constant_tiles(padded, output)
+            computed = _computed_boxes(plan)
+            self._fix_sizes(computed, varied)
+            for block in tiling.group_tiles(computed, varied, max_voxels=BLOCK_VOXELS):
+                self._run_block(padded, block, computed, output)
         finally:
             # Room for the other network: what a block's layers filled is several times the scan.
-            for model in self._models:
+            for model in [*self._models, *(model for model, _ in self._fixed.values())]:
                 model.release_memory()
         return NetworkOutput(output.labels, output.maps)
 
@@ -195,7 +230,7 @@ class OpenVINONetwork:
             if logit is None:
                 varied.append(tile)
             else:
-                output.decide(tile, np.float32(logit))
+                output.decide_all(tile, logit)
         return np.array(varied, np.intp)
 
     def _constant_logit(self, value: float) -> float | None:
@@ -207,8 +242,42 @@ class OpenVINONetwork:
         logits = self.tile_logits(inputs)
         return float(logits.flat[0]) if np.abs(logits).min() > CLEAR_LOGIT else None
 
-    def _run_block(self, padded: Features, block: tiling.Block, output: _Output) -> None:
-        plan, spec = output.plan, self.spec
+    def _fix_sizes(self, plan: TilePlan, tiles: NDArray[np.intp]) -> None:
+        """Compile the last part for the sizes that many of the boxes have."""
+        counts: dict[_Sizes, int] = {}
+        for tile in tiles:
+            sizes = self._sizes(plan.boxes[tile] - plan.starts[tile][:, None])
+            counts[sizes] = counts.get(sizes, 0) + 1
+        for sizes, count in counts.items():
+            if sizes in self._fixed:
+                self._fixed[sizes] = self._fixed.pop(sizes)
+            elif count >= FIXED_SIZE_BOXES:
+                model = self._fc_of_sizes(dict(sizes))
+                self._fixed[sizes] = (model, model.create_infer_request())
+        while len(self._fixed) > FIXED_SIZES:
+            del self._fixed[next(iter(self._fixed))]
+
+    def _sizes(self, box: NDArray[np.integer[Any]]) -> _Sizes:
+        """Shapes of the last part's inputs for a box in tile coordinates."""
+        kernel = self.spec.fc_kernel
+        voxels = int(np.prod(box[:, 1] - box[:, 0]))
+        normal = self.spec.pathways[0]
+        sides = (box[:, 1] - box[:, 0] + kernel - 1).tolist()
+        sizes = [(normal.name, (1, normal.feature_maps[-1], *sides))]
+        for pathway in self.spec.pathways[1:]:
+            cells = _cells(box, pathway.factor, kernel)
+            sides = (cells[:, 1] - cells[:, 0]).tolist()
+            sizes += [
+                (pathway.name, (1, pathway.feature_maps[-1], *sides)),
+                (f"{pathway.name}.variant", (voxels,)),
+                (f"{pathway.name}.cell", (voxels,)),
+            ]
+        return tuple(sizes)
+
+    def _run_block(
+        self, padded: Features, block: tiling.Block, plan: TilePlan, output: _Output
+    ) -> None:
+        spec = self.spec
         reached = np.add(block.region, (0, spec.receptive_field - 1))
         image = padded[tuple(slice(low, high) for low, high in reached)]
         features = self._features(image)
@@ -219,13 +288,14 @@ class OpenVINONetwork:
             )
             for row, tile in enumerate(tiles):
                 start = plan.starts[tile].astype(np.int64)[:, None]
+                box = plan.boxes[tile]
                 logits = self._decide(
                     features,
                     block.region - start,
-                    plan.boxes[tile] - start,
+                    box - start,
                     {name: one[row] for name, one in subs.items()},
                 )
-                output.decide(int(tile), logits)
+                output.decide(int(tile), logits, box[:, 0])
 
     def _features(self, image: Features) -> Features:
         """Normal-pathway features (C, i, j, k) of an image region; valid until the next call."""
@@ -254,16 +324,14 @@ class OpenVINONetwork:
             "normal": _window(features, region[:, 0], np.add(box, (-half, half)), spec.out)
         }
         for pathway in spec.pathways[1:]:
-            name, edge = pathway.name, reach(pathway.factor, kernel)
-            cells = np.array([cell_range(low, high, pathway.factor) for low, high in box.tolist()])
-            maps = subs[name]
-            inputs[name] = _window(
-                maps, np.zeros(3, np.int64), np.add(cells, (-edge, edge)), maps.shape[1]
-            )
+            name, maps = pathway.name, subs[pathway.name]
+            cells = _cells(box, pathway.factor, kernel)
+            inputs[name] = _window(maps, np.zeros(3, np.int64), cells, maps.shape[1])
             variant, cell = box_indices(box, pathway.factor, kernel)
             inputs[f"{name}.variant"], inputs[f"{name}.cell"] = variant, cell
-        self._fc.infer(inputs, share_inputs=True)
-        logits: Features = self._fc.get_output_tensor(0).data
+        _, request = self._fixed.get(self._sizes(box), (None, self._fc))
+        request.infer(inputs, share_inputs=True)
+        logits: Features = request.get_output_tensor(0).data
         return logits.reshape(box[:, 1] - box[:, 0])
 
 
@@ -276,14 +344,36 @@ class _Output:
         self.maps = np.zeros(plan.shape, np.float32) if probabilities else None
         self._progress = progress
 
-    def decide(self, tile: int, logits: Features | np.float32) -> None:
-        """Take one tile's class differences, of the shape of its box or one for all of it."""
-        where = tuple(slice(low, high) for low, high in self.plan.boxes[tile])
+    def decide_all(self, tile: int, logit: float) -> None:
+        """Take one class difference for all of a tile's box."""
+        box = self.plan.boxes[tile]
+        self.decide(tile, np.full(box[:, 1] - box[:, 0], logit, np.float32), box[:, 0])
+
+    def decide(self, tile: int, logits: Features, origin: NDArray[np.integer[Any]]) -> None:
+        """Take a tile's class differences, the first of them being of the voxel `origin`."""
+        box = self.plan.boxes[tile]
+        where = tuple(slice(low, high) for low, high in box)
+        logits = logits[tuple(slice(low, high) for low, high in box - origin[:, None])]
         self.labels[where] = logits > 0
         if self.maps is not None:
-            self.maps[where] = logistic(np.asarray(logits, np.float32))
+            self.maps[where] = logistic(logits)
         if self._progress is not None:
             self._progress(1)
+
+
+def _computed_boxes(plan: TilePlan) -> TilePlan:
+    """The plan with boxes that cover most of their tile widened to all of it."""
+    whole = plan.starts[:, :, None].astype(np.int32) + np.array([0, plan.spec.out], np.int32)
+    voxels = np.prod(plan.boxes[:, :, 1] - plan.boxes[:, :, 0], axis=1)
+    wide = voxels >= WHOLE_SHARE * plan.spec.out**3
+    return replace(plan, boxes=np.where(wide[:, None, None], whole, plan.boxes))
+
+
+def _cells(box: NDArray[np.integer[Any]], factor: int, kernel: int) -> NDArray[np.int64]:
+    """Cells that the first FC layer sees of a box, (3, 2), in the tile's coarse grid."""
+    edge = reach(factor, kernel)
+    cells = [cell_range(low, high, factor) for low, high in box.tolist()]
+    return np.add(cells, (-edge, edge))
 
 
 def _constant_value(padded: Features, start: NDArray[np.int32], spec: NetworkSpec) -> float | None:
@@ -318,6 +408,14 @@ def _window(
     if beyond.any():
         cut = np.pad(cut, [(0, 0), *beyond.tolist()], "edge")
     return np.ascontiguousarray(cut)[None]
+
+
+def _refused(name: str, error: RuntimeError) -> EngineError:
+    return EngineError(
+        f"{name}: OpenVINO cannot run it ({str(error).strip().splitlines()[-1]})",
+        expected="a graph that trtseg built",
+        action="build again: trtseg engines build",
+    )
 
 
 def version() -> str:
