@@ -2,8 +2,8 @@
 
     python bench/scaling.py [--models demo] [--json FILE] [--plot docs/scaling.png]
 
-Sizes: the phantom reflected to cubes of 80, 110, 140 and 170 voxels, brain and cortex networks end to
-end. Fractions: the cortex network alone on the phantom, in balls that cover 2 to 60 % of it. Needs the
+Sizes: the phantom reflected to cubes of 80, 110, 140 and 170 voxels, both networks end to end.
+Fractions: the cortex network alone on the phantom, in balls that cover 2 to 60 % of it. Needs the
 bench extra.
 """
 
