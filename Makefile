@@ -6,12 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check bundle clean help
 
 help:
 	@echo "make demo   set up and segment the bundled scan"
 	@echo "make test   set up and run the tests"
 	@echo "make check  set up and run format, lint and type checks"
+	@echo "make bundle one archive that installs on a machine without a network"
 	@echo "make clean  remove environments and build results (not imported weights)"
 
 demo: $(VENV)/.build
@@ -24,6 +25,9 @@ test: $(VENV)/.test
 
 check: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+bundle: $(VENV)/.build
+	$(BIN)/python scripts/bundle
 
 # One stamp per extra: an environment is set up again only when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml
