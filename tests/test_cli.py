@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +19,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.golden import GOLDEN, read_voxels
-from trtseg import __version__
+from trtseg import __version__, batch
 from trtseg.cli import app, main
+from trtseg.pipeline import load_engines
+from trtseg.qc import Qc
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
 NOTICE = "demo weights, synthetic, not for research or clinical use"
@@ -42,17 +47,29 @@ def segment(engines_root: Path):
     return call
 
 
+@pytest.fixture
+def nothing_suspect(monkeypatch) -> None:
+    """Scans small enough for a test hold no plausible brain."""
+    monkeypatch.setattr("trtseg.pipeline.assess", lambda *_, **__: Qc(()))
+
+
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.usefixtures("nothing_suspect")
 def test_results_go_beside_the_scan(segment, tmp_path: Path) -> None:
     scan = shutil.copy(CASE, tmp_path / "fetus.nii.gz")
     done = segment(scan, models="random11")
     assert done.exit_code == 0, done.output
-    assert files(tmp_path) == ["fetus.nii.gz", "fetus_brain.nii.gz", "fetus_cgm.nii.gz"]
+    assert files(tmp_path) == [
+        "fetus.nii.gz",
+        "fetus_brain.nii.gz",
+        "fetus_cgm.nii.gz",
+        "fetus_trtseg.json",
+    ]
     assert "mL" in done.stdout
-    for stage in ("read", "z-score", "brain", "cortex", "write"):
+    for stage in ("read", "z-score", "brain", "cortex", "check", "write"):
         assert f"{stage} " in done.stdout
     brain = nibabel.load(tmp_path / "fetus_brain.nii.gz")
     assert np.array_equal(
@@ -65,15 +82,17 @@ def test_results_go_beside_the_scan(segment, tmp_path: Path) -> None:
         assert brain.header[field] == scan_image.header[field]
 
 
+@pytest.mark.usefixtures("nothing_suspect")
 def test_probabilities_and_quiet(segment, tmp_path: Path) -> None:
     done = segment(CASE, "-o", tmp_path / "new" / "folder", "--save-probabilities", "-q")
     assert done.exit_code == 0, done.output
-    assert done.stdout == ""
+    assert done.output == ""
     assert files(tmp_path / "new" / "folder") == [
         "scan_brain.nii.gz",
         "scan_brain_prob.nii.gz",
         "scan_cgm.nii.gz",
         "scan_cgm_prob.nii.gz",
+        "scan_trtseg.json",
     ]
     maps = nibabel.load(tmp_path / "new" / "folder" / "scan_cgm_prob.nii.gz")
     assert maps.header.get_data_dtype() == np.float32
@@ -86,7 +105,7 @@ def test_one_scan_may_name_its_cortex(segment, tmp_path: Path) -> None:
     old.write_bytes(b"an older result")
     done = segment(scan, "-o", old)
     assert done.exit_code in (0, 6), done.output
-    assert files(tmp_path / "out") == ["a_brain.nii.gz", "cortex.nii"]
+    assert files(tmp_path / "out") == ["a_brain.nii.gz", "a_trtseg.json", "cortex.nii"]
     assert nibabel.load(old).shape == (12, 14, 16)
 
 
@@ -106,6 +125,9 @@ def test_several_scans_and_one_that_is_bad(segment, tmp_path: Path) -> None:
     assert str(bad) in done.stderr
     assert "Traceback" not in done.output
     assert "2 of 3 scans segmented" in done.stdout
+    table = done.stdout[done.stdout.index("brain mL") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["bad.nii.gz", "good.nii.gz", "other.nii.gz"]
+    assert "failed, exit code 2" in table[1]
     assert {"good_cgm.nii.gz", "other_cgm.nii.gz"} <= set(files(tmp_path))
     assert "bad_cgm.nii.gz" not in files(tmp_path)
 
@@ -125,7 +147,9 @@ def test_an_empty_mask_is_suspect(segment, tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((12, 14, 16), np.uint8), np.eye(4)), mask)
     done = segment(scan, "--mask", mask, "-o", tmp_path / "out")
     assert done.exit_code == 6
-    assert "no brain was found" in done.stderr
+    assert "suspect: a.nii.gz: No brain was found" in done.stderr
+    assert "warning" not in done.stderr
+    assert json.loads((tmp_path / "out" / "a_trtseg.json").read_text("utf-8"))["suspect"] is True
     for name in ("a_brain.nii.gz", "a_cgm.nii.gz"):
         assert not np.asanyarray(nibabel.load(tmp_path / "out" / name).dataobj).any()
 
@@ -136,7 +160,7 @@ def test_a_mask_is_written_as_the_brain(segment, tmp_path: Path) -> None:
     mask[3:9, 3:9, 3:9] = 0.99999997
     nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / "mask.nii.gz")
     done = segment(scan, "--mask", tmp_path / "mask.nii.gz", "--save-probabilities")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 6, done.output  # no brain is that small
     brain = np.asanyarray(nibabel.load(tmp_path / "a_brain.nii.gz").dataobj)
     assert np.array_equal(brain, mask > 0.5)
     assert "a_brain_prob.nii.gz" not in files(tmp_path)
@@ -155,6 +179,16 @@ def test_a_mask_is_written_as_the_brain(segment, tmp_path: Path) -> None:
         (["a.nii.gz", "-o", "a.nii.gz/below"], 5, "a.nii.gz"),
         (["a.nii.gz", "--models", "nothing"], 3, "nothing"),
         (["a.nii.gz", "--threads", "0"], 2, "threads"),
+        (["a.nii.gz", "--ga", "12"], 2, "18 to 45 weeks"),
+        (["a.nii.gz", "--ga", "nan"], 2, "18 to 45 weeks"),
+        (["a.nii.gz", "--stats", "table.xls"], 2, ".csv or .json"),
+        (["a.nii.gz", "--stats", "a_trtseg.json"], 2, "would both write"),
+        (["a.nii.gz", "--stats", "a.nii.gz/below.csv"], 5, "a.nii.gz"),
+        (["a.nii.gz", "--log-file", "a.nii.gz"], 2, "overwrite"),
+        (["a.nii.gz", "--log-file", "c.nii.gz"], 2, "text file"),
+        (["a.nii.gz", "--log-file", "."], 5, "directory"),
+        (["*.mgz"], 2, "no scan in it"),
+        ([".", "--mask", "a.nii.gz"], 2, "one scan"),
         ([], 2, "SCAN"),
     ],
 )
@@ -272,10 +306,185 @@ def test_an_interrupt_ends_quickly_and_leaves_nothing(engines_root: Path, tmp_pa
     assert files(tmp_path) == ["big.nii"]
 
 
-def test_results_hold_no_name_of_the_scan(segment, tmp_path: Path) -> None:
-    done = segment(small_scan(tmp_path / "canary-jane-doe.nii.gz"))
-    assert done.exit_code in (0, 6)
-    for path in tmp_path.glob("*_cgm.nii.gz"):
-        content = path.read_bytes()
-        assert b"jane" not in content
-        assert b"jane" not in gzip.decompress(content)
+# Batches
+
+
+def test_folders_and_what_is_done_already(segment, tmp_path: Path) -> None:
+    for seed, name in enumerate(["a.nii.gz", "b.nii"]):
+        small_scan(tmp_path / name, seed=seed)
+    first = segment(tmp_path, "--resume")
+    assert first.exit_code == 6, first.output
+    assert "2 of 2 scans segmented" in first.stdout
+    assert "not run again" not in first.stdout
+    (tmp_path / "b_cgm.nii.gz").unlink()
+    small_scan(tmp_path / "c.nii", seed=2)
+    again = segment(tmp_path / "*", "--resume", "--stats", tmp_path / "all.csv")
+    assert again.exit_code == 6, again.output
+    assert again.stdout.count("complete and intact: not run again") == 1
+    assert "3 of 3 scans segmented" in again.stdout
+    assert re.search(r"^a\.nii\.gz .* suspect, done before", again.stdout, re.M)
+    assert "note: passed over as results of trtseg: a_brain.nii.gz, a_cgm.nii.gz" in again.stderr
+    with (tmp_path / "all.csv").open(newline="", encoding="utf-8") as stream:
+        assert [row["status"] for row in csv.DictReader(stream)] == ["suspect"] * 3
+
+
+def test_a_quiet_batch_prints_no_table(segment, tmp_path: Path) -> None:
+    done = segment(small_scan(tmp_path / "a.nii"), small_scan(tmp_path / "b.nii", seed=1), "-q")
+    assert done.stdout == ""
+    assert "suspect: b.nii: " in done.stderr
+
+
+@pytest.mark.usefixtures("nothing_suspect")
+def test_report_table_and_log(segment, tmp_path: Path) -> None:
+    scan = small_scan(tmp_path / "a.nii")
+    bad = tmp_path / "bad.nii"
+    bad.write_bytes(b"bad")
+    out = tmp_path / "out"
+    done = segment(
+        scan, bad, "-o", out, "--report", "--save-dseg", "--ga", "23.5",
+        "--stats", out / "new" / "all.json", "--log-file", out / "new" / "a.log",
+    )  # fmt: skip
+    assert done.exit_code == 2, done.output
+    assert files(out) == [
+        "a_brain.nii.gz",
+        "a_cgm.nii.gz",
+        "a_dseg.nii.gz",
+        "a_dseg.tsv",
+        "a_report.html",
+        "a_report.png",
+        "a_trtseg.json",
+        "new",
+    ]
+    assert (out / "a_report.png").read_bytes().startswith(b"\x89PNG")
+    sidecar = json.loads((out / "a_trtseg.json").read_text("utf-8"))
+    assert sidecar["options"]["ga_weeks"] == 23.5
+    rows = json.loads((out / "new" / "all.json").read_text("utf-8"))
+    assert [row["status"] for row in rows] == ["ok", "failed with exit code 2"]
+    assert rows[0]["id"] == sidecar["id"]
+    log = (out / "new" / "a.log").read_text("utf-8").splitlines()
+    assert f"INFO segment: trtseg {__version__}, python " in log[0]
+    assert log[1].endswith("INFO models demo, device cpu, precision f32, scans: 2")
+    assert f"INFO scan {sidecar['id']}: ok, brain " in "\n".join(log)
+    assert f"ERROR scan {rows[1]['id']}: failed, InputError, exit code 2" in log[-1]
+    assert all(str(path) in done.stdout for path in (out / "a_report.html", out / "a_dseg.tsv"))
+
+
+def test_an_interrupted_batch_keeps_its_table(segment, tmp_path: Path, monkeypatch) -> None:
+    process = batch.process
+
+    def second_interrupted(segmenter, scan, *arguments, **options):
+        if scan.name == "b.nii":
+            raise KeyboardInterrupt
+        return process(segmenter, scan, *arguments, **options)
+
+    monkeypatch.setattr(batch, "process", second_interrupted)
+    scans = [small_scan(tmp_path / name) for name in ("a.nii", "b.nii")]
+    table, log = tmp_path / "all.json", tmp_path / "a.log"
+    done = segment(*scans, "--stats", table, "--log-file", log)
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr
+    assert [row["status"] for row in json.loads(table.read_text("utf-8"))] == ["suspect"]
+    assert log.read_text("utf-8").endswith("ERROR interrupted\n")
+
+
+def test_a_log_of_what_fails_before_the_first_scan(tmp_path: Path) -> None:
+    scan, log = small_scan(tmp_path / "a.nii"), tmp_path / "a.log"
+    assert run("segment", scan, "--log-file", log).exit_code == 3
+    assert log.read_text("utf-8").endswith("ERROR ended: ModelError, exit code 3\n")
+
+
+# Identity
+
+HEADER, NAME, FOLDER = "canaryHead7", "canaryName7", "canaryPlace7"
+
+
+def canary_scan(path: Path) -> Path:
+    """A scan with a mark in each text of its header, in its name and in its folder's."""
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(5)
+    image = nibabel.Nifti1Image(rng.integers(0, 900, (12, 14, 16)).astype(np.int16), np.eye(4))
+    for field in ("descrip", "aux_file", "db_name", "intent_name", "data_type"):
+        image.header[field] = HEADER[: image.header[field].dtype.itemsize].encode()
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", HEADER.encode()))
+    nibabel.save(image, path)
+    stored = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    assert stored.count(HEADER[:10].encode()) == 6
+    return path
+
+
+def written(*folders: Path) -> bytes:
+    """All that is in the files of these folders, as it is and decompressed; not their names."""
+    content = b""
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        content += path.read_bytes()
+        if path.suffix == ".gz":
+            content += gzip.decompress(path.read_bytes())
+    return content.lower()
+
+
+def run_canary(segment, tmp_path: Path, *options: str) -> bytes:
+    scan = canary_scan(tmp_path / FOLDER / f"{NAME}.nii.gz")
+    mask = canary_scan(tmp_path / FOLDER / f"{NAME}_m.nii.gz")
+    bad = scan.with_name(f"{NAME}_bad.nii.gz")
+    bad.write_bytes(scan.read_bytes()[:-3])
+    out, shared = tmp_path / FOLDER / "out", tmp_path / "shared"
+    asked = ["--report", "--save-probabilities", "--save-dseg", "--log-file", shared / "a.log"]
+    for place, scans in ((out, [scan, bad]), (out / "masked", [scan, "--mask", mask])):
+        table = shared / f"{place.name}.csv"
+        done = segment(*scans, "-o", place, "--stats", table, *asked, *options)
+        assert done.exit_code in (2, 6), done.output
+    names = {"csv", "gz", "html", "json", "log", "png", "tsv"}
+    found = [path for folder in (out, shared) for path in folder.rglob("*") if path.is_file()]
+    assert {path.name.rpartition(".")[2] for path in found} == names
+    return written(out, shared)
+
+
+def test_no_file_names_the_person_or_the_place(segment, tmp_path: Path) -> None:
+    content = run_canary(segment, tmp_path)
+    assert b"canary" not in content
+    assert tmp_path.name.lower().encode() not in content
+
+
+def test_only_the_name_where_it_is_asked_for(segment, tmp_path: Path) -> None:
+    content = run_canary(segment, tmp_path, "--keep-names")
+    assert NAME.lower().encode() + b".nii.gz" in content
+    assert HEADER[:10].lower().encode() not in content
+    assert FOLDER.lower().encode() not in content
+    assert tmp_path.name.lower().encode() not in content
+
+
+def test_no_name_in_the_log_of_a_build(engines_root: Path, tmp_path: Path, monkeypatch) -> None:
+    def build(models, root, *, force, report):
+        report("BDN: folding the weights")
+        shutil.copytree(engines_root / "demo", root / "demo")
+        return list(load_engines("demo", root).values())
+
+    monkeypatch.setattr("trtseg.build.builder.build_models", build)
+    monkeypatch.setenv("TRTSEG_HOME", str(tmp_path / FOLDER))
+    log = tmp_path / "shared" / "a.log"
+    done = run("engines", "build", "--models", "demo", "--log-file", log)
+    assert done.exit_code == 0, done.output
+    text = log.read_text("utf-8")
+    for words in (f"engines build: trtseg {__version__}", "BDN: folding the weights",
+                  "built demo: ", "CGM: fc.onnx, SHA-256 "):  # fmt: skip
+        assert words in text
+    assert FOLDER not in text
+    pulled = run("models", "pull", "--from", "http://127.0.0.1:9/", "--log-file", log)
+    assert pulled.exit_code == 3
+    text = log.read_text("utf-8")
+    assert text.endswith("ERROR ended: DownloadError, exit code 3\n")
+    assert FOLDER not in text
+    assert "127.0.0.1" not in text
+
+
+# What is here
+
+
+def test_info(engines_root: Path) -> None:
+    shown = run("info", "--engines", engines_root)
+    assert shown.exit_code == 0, shown.output
+    assert f"trtseg  {__version__}" in shown.stdout
+    assert "trtseg models pull" in shown.stdout
+    found = json.loads(run("info", "--json", "--engines", engines_root).stdout)
+    assert found["versions"]["trtseg"] == __version__
+    assert [one["name"] for one in found["engines"]] == ["demo", "random11"]

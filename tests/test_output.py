@@ -39,8 +39,10 @@ def test_beside_the_scan_by_default(tmp_path):
         brain=tmp_path / "sub" / "scan_brain.nii.gz",
         cortex_probabilities=None,
         brain_probabilities=None,
+        sidecar=tmp_path / "sub" / "scan_trtseg.json",
     )
-    assert plan.all() == (plan.cortex, plan.brain)
+    assert plan.all() == (plan.cortex, plan.brain, plan.sidecar)
+    assert plan.pages() == {}
 
 
 def test_in_a_folder_that_need_not_exist(tmp_path):
@@ -54,12 +56,14 @@ def test_in_a_folder_that_need_not_exist(tmp_path):
             brain=out / "one_brain.nii.gz",
             cortex_probabilities=out / "one_cgm_prob.nii.gz",
             brain_probabilities=out / "one_brain_prob.nii.gz",
+            sidecar=out / "one_trtseg.json",
         ),
         OutputPaths(
             cortex=out / "two_cgm.nii.gz",
             brain=out / "two_brain.nii.gz",
             cortex_probabilities=out / "two_cgm_prob.nii.gz",
             brain_probabilities=out / "two_brain_prob.nii.gz",
+            sidecar=out / "two_trtseg.json",
         ),
     ]
     assert not (tmp_path / "out").exists()
@@ -75,7 +79,29 @@ def test_one_named_file(tmp_path, name):
         brain=tmp_path / "out" / "scan_brain.nii.gz",
         cortex_probabilities=tmp_path / "out" / "scan_cgm_prob.nii.gz",
         brain_probabilities=tmp_path / "out" / "scan_brain_prob.nii.gz",
+        sidecar=tmp_path / "out" / "scan_trtseg.json",
     )
+
+
+def test_all_that_may_be_written(tmp_path):
+    [plan] = plan_outputs(
+        scans(tmp_path, "scan.nii"), None, probabilities=True, dseg=True, report=True
+    )
+    assert [path.relative_to(tmp_path).name for path in plan.all()] == [
+        "scan_cgm.nii.gz",
+        "scan_brain.nii.gz",
+        "scan_cgm_prob.nii.gz",
+        "scan_brain_prob.nii.gz",
+        "scan_dseg.nii.gz",
+        "scan_dseg.tsv",
+        "scan_report.html",
+        "scan_report.png",
+        "scan_trtseg.json",
+    ]
+    assert list(plan.pages()) == ["report", "picture"]
+    assert {**plan.results(), "sidecar": plan.sidecar} == {
+        role: path for role, path in vars(plan).items() if path is not None
+    }
 
 
 def test_a_named_file_may_replace_an_older_result(tmp_path):
@@ -116,7 +142,7 @@ def test_no_probability_of_a_given_brain(tmp_path):
     assert plan.brain_probabilities is None
     assert plan.brain == tmp_path / "scan_brain.nii.gz"
     assert plan.cortex_probabilities == tmp_path / "scan_cgm_prob.nii.gz"
-    assert plan.all() == (plan.cortex, plan.brain, plan.cortex_probabilities)
+    assert plan.all() == (plan.cortex, plan.brain, plan.cortex_probabilities, plan.sidecar)
 
 
 def test_same_names_in_different_folders_go_beside_their_scans(tmp_path):
@@ -223,6 +249,32 @@ def test_a_planned_probability_map_counts_too(tmp_path):
     assert plan_outputs([scan], None, mask=mask)
 
 
+@pytest.mark.parametrize("name", ["scan_trtseg.json", "scan_report.html", "scan_dseg.tsv"])
+def test_other_files_count_too(tmp_path, name):
+    [scan, other] = scans(tmp_path, "scan.nii.gz", name)
+    everything = {"dseg": True, "report": True}
+    refuse([scan, other], None, "would overwrite the input", **everything)
+    others = {"--stats": tmp_path / name, "--log-file": None}
+    error = refuse([scan], None, "would both write", others=others, **everything)
+    assert str(error).startswith(f"{scan} and --stats would both write {tmp_path / name};")
+
+
+def test_a_table_or_a_log_never_overwrites_a_scan_or_one_another(tmp_path):
+    [scan] = scans(tmp_path, "scan.nii.gz")
+    refuse([scan], None, "would overwrite the input", others={"--log-file": scan})
+    same = {"--stats": tmp_path / "a.json", "--log-file": tmp_path / "x" / ".." / "a.json"}
+    refuse([scan], None, "--stats and --log-file would both write", others=same)
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    [scan] = scans(tmp_path, "scan.nii.gz")
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    assert plan_outputs([scan], tmp_path / "x.nii")[0].cortex == tmp_path / "x.nii"
+
+
 def test_a_link_that_leads_round_in_a_circle(tmp_path):
     (tmp_path / "scan.nii.gz").symlink_to("scan.nii.gz")
     [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None)
@@ -307,6 +359,26 @@ def test_save_of_a_given_brain(tmp_path):
     assert names(tmp_path) == ["scan_brain.nii.gz", "scan_cgm.nii.gz", "scan_cgm_prob.nii.gz"]
 
 
+def test_save_of_both_labels_in_one_map(tmp_path):
+    result = segmentation(probabilities=False)
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None, dseg=True)
+    save(result, plan)
+    assert names(tmp_path) == [
+        "scan_brain.nii.gz",
+        "scan_cgm.nii.gz",
+        "scan_dseg.nii.gz",
+        "scan_dseg.tsv",
+    ]
+    data, image = read(tmp_path / "scan_dseg.nii.gz")
+    assert data.dtype == np.uint8
+    np.testing.assert_array_equal(data == 2, result.cortex == 1)
+    np.testing.assert_array_equal(data == 1, (result.brain == 1) & (result.cortex == 0))
+    assert image.header["descrip"].item() == b"demo weights"
+    lines = (tmp_path / "scan_dseg.tsv").read_text("utf-8").splitlines()
+    assert lines[0].split("\t")[:2] == ["index", "name"]
+    assert [line.split("\t")[0] for line in lines[1:]] == ["1", "2"]
+
+
 @pytest.mark.parametrize("name", ["cortex.nii", "CORTEX.NII.GZ"])
 def test_save_under_a_name_of_its_own(tmp_path, name):
     result = segmentation(probabilities=False)
@@ -319,7 +391,7 @@ def test_save_under_a_name_of_its_own(tmp_path, name):
 
 def test_save_replaces_older_results(tmp_path):
     [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None)
-    for path in plan.all():
+    for path in plan.maps().values():
         path.write_bytes(b"older")
     result = segmentation(probabilities=False)
     save(result, plan)
@@ -328,10 +400,17 @@ def test_save_replaces_older_results(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "blocked", ["scan_brain.nii.gz", "scan_brain_prob.nii.gz", "scan_cgm_prob.nii.gz"]
+    "blocked",
+    [
+        "scan_brain.nii.gz",
+        "scan_brain_prob.nii.gz",
+        "scan_cgm_prob.nii.gz",
+        "scan_dseg.nii.gz",
+        "scan_dseg.tsv",
+    ],
 )
 def test_the_cortex_is_written_last(tmp_path, blocked):
-    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None, probabilities=True)
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], None, probabilities=True, dseg=True)
     (tmp_path / blocked).mkdir()
     with pytest.raises(OutputError, match=f"{blocked}: Is a directory"):
         save(segmentation(), plan)

@@ -11,9 +11,17 @@ import pytest
 
 import trtseg
 from tests.golden import GOLDEN, read_golden, read_voxels
-from trtseg.errors import DeviceError, EngineError, EngineMissingError, InputError, ModelError
+from trtseg.errors import (
+    DeviceError,
+    EngineError,
+    EngineMissingError,
+    InputError,
+    ModelError,
+    UsageError,
+)
 from trtseg.home import demo_folder
 from trtseg.models import import_folder
+from trtseg.nifti import scan_from_array
 from trtseg.pipeline import EMPTY_BRAIN, Segmenter, gate
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
@@ -39,11 +47,39 @@ def test_result_is_frozen_and_complete(result: trtseg.Segmentation) -> None:
     assert result.device == "cpu"
     assert result.models == "random11"
     assert result.warnings == ()
-    assert not result.suspect
+    assert result.ga_weeks is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.brain_ml = 0.0  # type: ignore[misc]
     with pytest.raises(TypeError):
         result.times["read"] = 0.0  # type: ignore[index]
+
+
+def test_every_result_is_checked(result: trtseg.Segmentation) -> None:
+    # Random weights find 1 mL of brain; 20 mL would be the least at any age.
+    assert result.suspect
+    assert result.qc.check("brain_found").verdict == "ok"
+    assert result.qc.check("brain_volume").verdict == "suspect"
+    assert result.qc.check("brain_volume").value == pytest.approx(result.brain_ml)
+    assert result.qc is result.qc
+
+
+def test_checks_by_gestational_age(segmenter: Segmenter) -> None:
+    older = segmenter.segment(CASE, ga_weeks=27.4)
+    assert older.ga_weeks == 27.4
+    assert older.qc.check("gestational_age").value == 27.4
+    with pytest.raises(UsageError, match="17 weeks"):
+        segmenter.segment(CASE, ga_weeks=17)
+
+
+def test_a_result_that_is_not_suspect(result: trtseg.Segmentation) -> None:
+    side = np.linspace(-1, 1, 60)
+    radius = np.sqrt(sum(np.square(g) for g in np.meshgrid(side, side, side, indexing="ij")))
+    geometry = scan_from_array(radius, np.diag([1.2, 1.2, 1.2, 1])).geometry
+    brain = (radius < 0.9).astype(np.uint8)
+    cortex = brain - (radius < 0.85).astype(np.uint8)
+    good = dataclasses.replace(result, brain=brain, cortex=cortex, geometry=geometry)
+    assert good.qc.reasons == ()
+    assert not good.suspect
 
 
 def test_volumes_are_voxels_times_voxel_volume(result: trtseg.Segmentation) -> None:

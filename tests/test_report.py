@@ -502,7 +502,7 @@ def description(folder: Path, *, name: str = "doe.nii", **changes: Any) -> dict[
         "outputs": {"cortex_probabilities": source},
         "engines": {"bdn": engine},
         "qc": qc.assess(brain, cortex, geometry(), ga_weeks=23),
-        "options": {"device": "auto", "mask": None},
+        "options": {"device": "auto", "mask": None, "save_dseg": True},
         **changes,
     }
     return sidecar.describe(result, **arguments)
@@ -535,6 +535,8 @@ def test_the_page_says_it_all(tmp_path):
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
         "cpu, float32",
         "not given",
+        "save dseg",
+        "yes",
         "10.3389/fnins.2022.886083",
     ):
         assert text in found.text

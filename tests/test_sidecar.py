@@ -105,6 +105,7 @@ def test_a_description(tmp_path):
         "id": "ba7816bf8f01",
         "inputs": {"scan": {"sha256": ABC, "of": "file"}},
         "outputs": {"cortex": {"sha256": NOTHING}, "brain": {"sha256": ABC}},
+        "labels": {"cortex": {"1": "Cortical Gray Matter"}, "brain": {"1": "Brain"}},
         "shape": [4, 5, 6],
         "models": {"set": "demo", "networks": networks},
         "device": "cpu",
@@ -207,6 +208,146 @@ def test_a_result_that_is_gone(tmp_path):
         describe(tmp_path, outputs={"cortex": tmp_path / "gone.nii"})
 
 
+@pytest.mark.parametrize("name", ["scan.nii", "scan.hdr"])
+def test_a_scan_that_is_no_file(tmp_path, name):
+    os.mkfifo(tmp_path / name)  # reading it would wait for ever
+    with pytest.raises(InputError, match="not a regular file"):
+        describe(tmp_path, inputs={"scan": tmp_path / name})
+    assert sidecar.failed_row(tmp_path / name, 2)["id"] == ""
+    with pytest.raises(InputError, match="a folder"):
+        describe(tmp_path, inputs={"scan": tmp_path})
+
+
+# In two steps
+
+
+def request(folder: Path, **changes: Any) -> dict[str, Any]:
+    arguments = {
+        "inputs": {"scan": folder / "doe_jane.nii.gz"},
+        "engines": {net: engine(net) for net in ("bdn", "cgm")},
+        "models": "demo",
+        "device": "cpu",
+        "precision": "float32",
+        "options": {"reorient": False, "ga_weeks": None, "keep_names": False, "threads": 2},
+        **changes,
+    }
+    return sidecar.request(**arguments)
+
+
+def done(folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """The sidecar of a finished run, and the files it lists."""
+    one = result()
+    outputs = files(folder)["outputs"]
+    asked = request(folder, **changes)
+    found = sidecar.complete(asked, one, outputs=outputs, qc=checks(one.brain))
+    path = folder / "doe_trtseg.json"
+    sidecar.write_sidecar(path, found)
+    return path, outputs
+
+
+def test_two_steps_say_the_same_as_one(tmp_path):
+    one = result()
+    outputs = files(tmp_path)["outputs"]
+    options = {"mask": None}
+    asked = request(tmp_path, options=options)
+    assert sidecar.complete(
+        asked, one, outputs=outputs, qc=checks(one.brain), times={"read": 1.0}
+    ) == describe(tmp_path, options=options, times={"read": 1.0})
+
+
+def test_more_outputs(tmp_path):
+    found = describe(tmp_path)
+    page = tmp_path / "doe_report.html"
+    page.write_bytes(b"abc")
+    more = sidecar.add_outputs(found, {"report": page}, {"report": 0.5}, keep_names=True)
+    assert more["outputs"] == {
+        **found["outputs"],
+        "report": {"sha256": ABC, "name": "doe_report.html"},
+    }
+    assert more["times_s"] == {**found["times_s"], "report": 0.5}
+    assert "report" not in found["outputs"]
+    with pytest.raises(OutputError, match=r"gone\.html"):
+        sidecar.add_outputs(found, {"report": tmp_path / "gone.html"}, {})
+
+
+def test_what_is_complete_is_found(tmp_path):
+    path, outputs = done(tmp_path)
+    found = sidecar.find_complete(path, request(tmp_path), outputs)
+    assert found == json.loads(path.read_text("utf-8"))
+    fewer = {"cortex": outputs["cortex"]}
+    assert sidecar.find_complete(path, request(tmp_path), fewer) == found
+
+
+def test_what_does_not_matter(tmp_path):
+    path, outputs = done(tmp_path, device="cuda:0")
+    options = {"reorient": False, "ga_weeks": None, "keep_names": False, "threads": 1}
+    asked = request(tmp_path, device="cuda:1", options=options)
+    assert sidecar.find_complete(path, asked, outputs) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cuda:0"},
+        {"precision": "bf16"},
+        {"models": "other"},
+        {"engines": {"bdn": engine("bdn"), "cgm": engine("bdn")}},
+        {"options": {"reorient": True, "ga_weeks": None, "keep_names": False}},
+        {"options": {"reorient": False, "ga_weeks": 23.0, "keep_names": False}},
+        {"options": {"reorient": False, "ga_weeks": None, "keep_names": True}},
+    ],
+)
+def test_what_was_made_otherwise_is_not_complete(tmp_path, change):
+    path, outputs = done(tmp_path)
+    assert sidecar.find_complete(path, request(tmp_path, **change), outputs) is None
+
+
+def test_another_scan_mask_or_version_is_not_complete(tmp_path):
+    path, outputs = done(tmp_path)
+    asked = request(tmp_path)
+    scan = tmp_path / "doe_jane.nii.gz"
+    other = request(tmp_path, inputs={"scan": scan, "mask": scan})
+    assert sidecar.find_complete(path, other, outputs) is None
+    older = {**asked, "versions": {**asked["versions"], "trtseg": "0.0.1"}}
+    assert sidecar.find_complete(path, older, outputs) is None
+    scan.write_bytes(b"abd")
+    changed = request(tmp_path, inputs={"scan": scan})
+    assert changed["id"] != asked["id"]
+    assert sidecar.find_complete(path, changed, outputs) is None
+
+
+def test_a_result_that_is_damaged_gone_or_not_listed_is_not_complete(tmp_path):
+    path, outputs = done(tmp_path)
+    asked = request(tmp_path)
+    more = {**outputs, "report": outputs["brain"]}
+    assert sidecar.find_complete(path, asked, more) is None
+    outputs["cortex"].write_bytes(b"x")
+    assert sidecar.find_complete(path, asked, outputs) is None
+    outputs["cortex"].unlink()
+    assert sidecar.find_complete(path, asked, outputs) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b"null", b'"text"', b"\xff", b"[" * 100_000, b'{"schema": 1}'],
+)
+def test_a_sidecar_that_is_none(tmp_path, content):
+    path, outputs = done(tmp_path)
+    path.write_bytes(content)
+    assert sidecar.find_complete(path, request(tmp_path), outputs) is None
+    path.unlink()
+    assert sidecar.find_complete(path, request(tmp_path), outputs) is None
+
+
+@pytest.mark.parametrize("key", ["outputs", "qc", "volumes_ml", "times_s", "suspect", "versions"])
+@pytest.mark.parametrize("value", [None, 3, [1]])
+def test_a_sidecar_of_another_shape(tmp_path, key, value):
+    path, outputs = done(tmp_path)
+    found = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**found, key: value}), "utf-8")
+    assert sidecar.find_complete(path, request(tmp_path), outputs) is None
+
+
 # Files
 
 
@@ -230,7 +371,7 @@ def test_a_folder_that_is_not_there(tmp_path, write):
         ("brain", ["1\tBrain\tBRAIN\t#56b4e9\tn/a"]),
         ("cortex", ["1\tCortical Gray Matter\tCGM\t#e69f00\t8"]),
         (
-            "combined",
+            "dseg",
             [
                 "1\tBrain other than Cortical Gray Matter\tBRAINOTHER\t#56b4e9\tn/a",
                 "2\tCortical Gray Matter\tCGM\t#e69f00\t8",
@@ -372,3 +513,9 @@ def test_a_table_of_another_kind(tmp_path, name):
         with pytest.raises(UsageError, match=r"ending in \.csv or \.json"):
             act(tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+def test_a_table_that_is_a_folder(tmp_path):
+    (tmp_path / "stats.csv").mkdir()
+    with pytest.raises(UsageError, match="name of a file"):
+        sidecar.check_stats_path(tmp_path / "stats.csv")

@@ -5,7 +5,9 @@ Heavy modules are imported inside the commands, so that ``trtseg --help`` answer
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,25 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from trtseg import __version__
+from trtseg import __version__, screen
 from trtseg.errors import (
     EXIT_DEVICE,
     EXIT_INTERRUPTED,
     EXIT_MODEL,
     EXIT_OK,
-    EXIT_SUSPECT,
     EngineMissingError,
     MissingExtraError,
+    OutputError,
     TrtsegError,
     worst_exit_code,
 )
+from trtseg.logs import LOG, log_to
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from trtseg.batch import Options, Outcome
     from trtseg.models import ModelSet
     from trtseg.output import OutputPaths
-    from trtseg.pipeline import Progress, Segmentation, Segmenter
+    from trtseg.pipeline import Segmenter
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
@@ -69,6 +71,15 @@ EnginesOption = Annotated[
         show_default=False,
     ),
 ]
+LogFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        metavar="FILE",
+        help="Add a log to the end of this file: times, stages, versions; no names.",
+        show_default=False,
+    ),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -82,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         app(args=None if argv is None else list(argv), prog_name="trtseg")
     except KeyboardInterrupt:
-        _say_error("interrupted")
+        screen.say_error("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(EXIT_OK)
 
@@ -103,22 +114,19 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except TrtsegError as error:
-        _say_error(str(error))
+        screen.say_error(str(error))
         raise typer.Exit(error.exit_code) from None
     except MemoryError:
-        _say_error(_OUT_OF_MEMORY)
+        screen.say_error("out of memory; expected more free memory; close other programs")
         raise typer.Exit(EXIT_DEVICE) from None
     except KeyboardInterrupt:
-        _say_error("interrupted; nothing was left half-written")
+        screen.say_error("interrupted; nothing was left half-written")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-_OUT_OF_MEMORY = "out of memory; expected more free memory for this scan; close other programs"
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"trtseg {__version__}")
+        screen.say(f"trtseg {__version__}")
         raise typer.Exit
 
 
@@ -136,7 +144,11 @@ def _root(
 @_command
 def segment(
     scans: Annotated[
-        list[Path], typer.Argument(metavar="SCAN...", help="T2w scans, .nii or .nii.gz.")
+        list[Path],
+        typer.Argument(
+            metavar="SCAN...",
+            help="T2w scans, .nii or .nii.gz; folders of them; patterns in quotes.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -162,8 +174,36 @@ def segment(
             show_default=False,
         ),
     ] = None,
+    ga: Annotated[
+        float | None,
+        typer.Option(
+            "--ga",
+            metavar="WEEKS",
+            help="Gestational age, such as 27.4; the checks then go by that week.",
+            show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page with pictures and all checks.")
+    ] = False,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            "--stats",
+            metavar="FILE",
+            help="Write a table across scans, .csv or .json.",
+            show_default=False,
+        ),
+    ] = None,
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Write the probability maps as well.")
+    ] = False,
+    save_dseg: Annotated[
+        bool,
+        typer.Option(
+            "--save-dseg",
+            help="Write one map of both labels (1 brain, 2 cortex) and its lookup table as well.",
+        ),
     ] = False,
     reorient: Annotated[
         bool,
@@ -171,6 +211,16 @@ def segment(
             "--reorient",
             help="Run in RAS+ orientation, so that how a scan is stored does not matter; "
             "default: as stored, as the published system does.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave out scans whose results are complete and intact."),
+    ] = False,
+    keep_names: Annotated[
+        bool,
+        typer.Option(
+            "--keep-names", help="Let file names into sidecars, reports, tables and the log."
         ),
     ] = False,
     engines: EnginesOption = None,
@@ -192,6 +242,7 @@ def segment(
             help="f32, which gives DeepMedic's labels; or bf16, faster, with a few labels changed.",
         ),
     ] = "f32",
+    log_file: LogFileOption = None,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="Print warnings and errors only.")
     ] = False,
@@ -199,97 +250,148 @@ def segment(
 ) -> None:
     """Segment the brain and the cortical grey matter of one or more scans.
 
-    Writes SCAN_cgm.nii.gz and SCAN_brain.nii.gz (1 inside, 0 outside) on the scan's own grid.
+    Writes SCAN_cgm.nii.gz and SCAN_brain.nii.gz (1 inside, 0 outside) on the scan's own grid, and
+    SCAN_trtseg.json, which says what they were made of.
     """
-    from trtseg.backends import check_device
-    from trtseg.errors import UsageError
-    from trtseg.output import plan_outputs
+    from trtseg.batch import Options
 
-    check_device(device)
-    if mask is not None and len(scans) > 1:
-        raise UsageError(
-            f"--mask with {len(scans)} scans",
-            expected="one scan, whose grid the mask is on",
-            action="run the scans one by one, each with its own mask",
-        )
-    plans = plan_outputs(scans, out, mask=mask, probabilities=save_probabilities)
-    codes = []
-    with _open_segmenter(models, engines, device, threads, precision, quiet=quiet) as segmenter:
-        if verbose:
-            _say_what_is_used(segmenter)
-        for scan, paths in zip(scans, plans, strict=True):
-            codes.append(
-                _segment_one(
-                    segmenter, scan, paths, mask, save_probabilities, reorient, quiet=quiet
-                )
+    options = Options(
+        models=models,
+        device=device,
+        threads=threads,
+        precision=precision,
+        mask=mask,
+        save_probabilities=save_probabilities,
+        save_dseg=save_dseg,
+        reorient=reorient,
+        report=report,
+        ga_weeks=ga,
+        keep_names=keep_names,
+        resume=resume,
+    )
+    plans = _plan(scans, out, options, stats, log_file)
+    with log_to(log_file, names=keep_names):
+        _log_start("segment")
+        with _open_segmenter(options, engines, quiet=quiet) as segmenter:
+            LOG.info(
+                "models %s, device %s, precision %s, scans: %d",
+                segmenter.models,
+                segmenter.device,
+                segmenter.precision,
+                len(plans),
             )
-    if len(scans) > 1 and not quiet:
-        failed = sum(code not in (EXIT_OK, EXIT_SUSPECT) for code in codes)
-        typer.echo(f"{len(scans) - failed} of {len(scans)} scans segmented")
-    code = worst_exit_code(codes)
+            if verbose:
+                screen.say_what_is_used(segmenter)
+            outcomes = _segment_all(segmenter, plans, options, stats, quiet=quiet)
+    if len(outcomes) > 1 and not quiet:
+        screen.say_summary(outcomes)
+    code = worst_exit_code([outcome.exit_code for outcome in outcomes])
     if code != EXIT_OK:
         raise typer.Exit(code)
 
 
-def _segment_one(
+def _plan(
+    arguments: list[Path],
+    out: Path | None,
+    options: Options,
+    stats: Path | None,
+    log_file: Path | None,
+) -> list[tuple[Path, OutputPaths]]:
+    """Each scan with the files that will be written, once all of the options make sense."""
+    from trtseg.backends import check_device
+    from trtseg.batch import find_scans
+    from trtseg.errors import UsageError
+    from trtseg.output import plan_outputs
+    from trtseg.qc import check_ga
+    from trtseg.sidecar import check_stats_path
+
+    check_device(options.device)
+    if options.ga_weeks is not None:
+        check_ga(options.ga_weeks)
+    if stats is not None:
+        check_stats_path(stats)
+    found = find_scans(arguments)
+    if found.passed_over:
+        screen.say_passed_over(found.passed_over)
+    if len(found.scans) > 1 and options.mask is not None:
+        raise UsageError(
+            f"--mask with {len(found.scans)} scans",
+            expected="one scan, whose grid the mask is on",
+            action="run the scans one by one, each with its own mask",
+        )
+    plans = plan_outputs(
+        found.scans,
+        out,
+        mask=options.mask,
+        probabilities=options.save_probabilities,
+        dseg=options.save_dseg,
+        report=options.report,
+        others={"--stats": stats, "--log-file": log_file},
+    )
+    return list(zip(found.scans, plans, strict=True))
+
+
+def _segment_all(
     segmenter: Segmenter,
-    scan: Path,
-    paths: OutputPaths,
-    mask: Path | None,
-    probabilities: bool,
-    reorient: bool,
+    plans: list[tuple[Path, OutputPaths]],
+    options: Options,
+    stats: Path | None,
     *,
     quiet: bool,
-) -> int:
-    """Segment and save one scan; an error of this scan is said and does not stop the others."""
-    from trtseg.output import save
+) -> list[Outcome]:
+    """Segment and save scan by scan; the table is written whatever stops the batch."""
+    from trtseg.batch import process
+    from trtseg.files import make_folder
 
+    if stats is not None:
+        make_folder(stats.parent)
+    outcomes: list[Outcome] = []
     try:
-        with _progress(quiet=quiet) as progress:
-            result = segmenter.segment(
-                scan,
-                mask=mask,
-                probabilities=probabilities,
-                reorient=reorient,
-                progress=progress,
-            )
-        started = time.perf_counter()
-        save(result, paths)
-        elapsed = time.perf_counter() - started
-    except TrtsegError as error:
-        _say_error(str(error))
-        return error.exit_code
-    except MemoryError:
-        _say_error(f"{scan}: {_OUT_OF_MEMORY}")
-        return EXIT_DEVICE
-    for warning in result.warnings:
-        _say_warning(f"{scan.name}: {warning}")
-    if not quiet:
-        _say_result(scan, paths, result, {**result.times, "write": elapsed})
-    return EXIT_SUSPECT if result.suspect else EXIT_OK
+        for scan, paths in plans:
+            with screen.tile_progress(quiet=quiet) as progress:
+                outcome = process(segmenter, scan, paths, options, progress=progress)
+            outcomes.append(outcome)
+            screen.say_outcome(outcome, quiet=quiet)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OutputError):  # the interrupt is the worse of the two
+            _write_stats(stats, outcomes, options)
+        raise
+    _write_stats(stats, outcomes, options)
+    return outcomes
+
+
+def _write_stats(stats: Path | None, outcomes: list[Outcome], options: Options) -> None:
+    if stats is None:
+        return
+    from trtseg.sidecar import write_stats
+
+    write_stats(stats, [outcome.row(keep_names=options.keep_names) for outcome in outcomes])
+
+
+def _log_start(command: str) -> None:
+    from trtseg.sidecar import versions
+
+    LOG.info("%s: %s", command, ", ".join(f"{name} {one}" for name, one in versions().items()))
 
 
 @contextmanager
-def _open_segmenter(
-    models: str | None,
-    engines: Path | None,
-    device: str,
-    threads: int | None,
-    precision: str,
-    *,
-    quiet: bool,
-) -> Iterator[Segmenter]:
+def _open_segmenter(options: Options, engines: Path | None, *, quiet: bool) -> Iterator[Segmenter]:
     """Load the networks, building them first where that takes seconds and nothing is built yet."""
     from trtseg.pipeline import Segmenter
 
     load = functools.partial(
-        Segmenter, models, engines=engines, device=device, threads=threads, precision=precision
+        Segmenter,
+        options.models,
+        engines=engines,
+        device=options.device,
+        threads=options.threads,
+        precision=options.precision,
     )
     try:
         segmenter = load()
     except EngineMissingError as missing:
         try:
-            _build(models, engines, force=False, quiet=quiet)
+            _build(options.models, engines, force=False, quiet=quiet)
         except MissingExtraError as error:
             raise EngineMissingError(
                 missing.found,
@@ -299,6 +401,23 @@ def _open_segmenter(
         segmenter = load()
     with segmenter:
         yield segmenter
+
+
+@app.command()
+@_command
+def info(
+    engines: EnginesOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is here, what is missing, and the command that mends it."""
+    from trtseg.info import gather, lines
+
+    found = gather(engines)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for line in lines(found):
+            screen.say(line)
 
 
 @engines_app.command("build")
@@ -316,10 +435,13 @@ def engines_build(
             show_default=False,
         ),
     ] = None,
+    log_file: LogFileOption = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Freeze the checkpoints of a model set and build its networks."""
-    _build(models, out, force=True, quiet=quiet)
+    with log_to(log_file):
+        _log_start("engines build")
+        _build(models, out, force=True, quiet=quiet)
 
 
 def _build(models: str | None, root: Path | None, *, force: bool, quiet: bool) -> None:
@@ -330,19 +452,29 @@ def _build(models: str | None, root: Path | None, *, force: bool, quiet: bool) -
     found = find_models(models)
     folder = engines_root(root)
     started = time.perf_counter()
-    with _status(f"Building {found.name}", quiet=quiet) as say:
-        engines = build_models(found, folder, force=force, report=say)
+    with screen.status(f"Building {found.name}", quiet=quiet) as show:
+
+        def told(line: str) -> None:
+            LOG.info("%s", line)
+            if show is not None:
+                show(line)
+
+        engines = build_models(found, folder, force=force, report=told)
+    LOG.info("built %s: %.2f s", found.name, time.perf_counter() - started)
+    for engine in engines:
+        for name, digest in engine.manifest["files"].items():
+            LOG.info("%s: %s, SHA-256 %s", engine.net.upper(), name, digest)
     if quiet:
         return
     for engine in engines:
         difference = float(engine.manifest["proof"]["largest_difference"])
-        typer.echo(
+        screen.say(
             f"{engine.net.upper()}: {engine.folder} (differs from its checkpoint by at most "
             f"{difference:.1e} in probability)"
         )
-    typer.echo(f"built {found.name} in {time.perf_counter() - started:.1f} s")
+    screen.say(f"built {found.name} in {time.perf_counter() - started:.1f} s")
     if found.notice:
-        typer.echo(f"note: {found.notice}")
+        screen.say(f"note: {found.notice}")
 
 
 @engines_app.command("list")
@@ -355,9 +487,9 @@ def engines_list(engines: EnginesOption = None) -> None:
     root = engines_root(engines)
     names = built_models(root)
     if not names:
-        typer.echo(f"nothing is built in {root}; build with: trtseg engines build --models NAME")
+        screen.say(f"nothing is built in {root}; build with: trtseg engines build --models NAME")
     for name in names:
-        typer.echo(f"{name}  {root / name}")
+        screen.say(f"{name}  {root / name}")
 
 
 @engines_app.command("verify")
@@ -368,7 +500,7 @@ def engines_verify(models: ModelsOption = None, engines: EnginesOption = None) -
     from trtseg.pipeline import load_engines
 
     for engine in load_engines(models, engines_root(engines)).values():
-        typer.echo(f"{engine.net.upper()}: intact  {engine.folder}")
+        screen.say(f"{engine.net.upper()}: intact  {engine.folder}")
 
 
 @models_app.command("list")
@@ -379,9 +511,9 @@ def models_list() -> None:
 
     sets = list_models()
     for models in sets:
-        typer.echo("  ".join(filter(None, [models.name, str(models.folder), models.notice])))
+        screen.say("  ".join(filter(None, [models.name, str(models.folder), models.notice])))
     if PUBLISHED not in [models.name for models in sets]:
-        typer.echo(f"{PUBLISHED}  not here; fetch with: trtseg models pull")
+        screen.say(f"{PUBLISHED}  not here; fetch with: trtseg models pull")
 
 
 @models_app.command("pull")
@@ -396,18 +528,24 @@ def models_pull(
             show_default=False,
         ),
     ] = None,
+    log_file: LogFileOption = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Download the published weights, verified by size and hash."""
     from trtseg import models as library
+    from trtseg.architecture import NETWORKS
 
-    with _download_progress(quiet=quiet) as (progress, say):
+    with log_to(log_file), screen.download_progress(quiet=quiet) as (progress, told):
+        _log_start("models pull")
         url = library.PUBLISHED_URL if mirror is None else mirror
-        found = library.pull(base_url=url, progress=progress, report=say)
+        found = library.pull(base_url=url, progress=progress, report=told)
+        for net in NETWORKS:
+            for name, digest in found.digests(net).items():
+                LOG.info("%s: SHA-256 %s", name, digest)
     if not quiet:
-        typer.echo(f"{found.name}: {found.folder}")
-        typer.echo(f"licence: {library.LICENCE}")
-        typer.echo(f"please cite: {library.CITATION}")
+        screen.say(f"{found.name}: {found.folder}")
+        screen.say(f"licence: {library.LICENCE}")
+        screen.say(f"please cite: {library.CITATION}")
 
 
 @models_app.command("import")
@@ -441,10 +579,10 @@ def models_import(
         unpublished=unpublished,
         name=name,
         config=config,
-        report=lambda line: typer.echo(line, err=True),
+        report=lambda line: screen.say(line, err=True),
     )
-    typer.echo(f"{found.name}: {found.folder}")
-    typer.echo(f"build it with: trtseg engines build --models {found.name}")
+    screen.say(f"{found.name}: {found.folder}")
+    screen.say(f"build it with: trtseg engines build --models {found.name}")
 
 
 @models_app.command("verify")
@@ -459,104 +597,7 @@ def models_verify(models: ModelsOption = None) -> None:
     damaged = False
     for found in sets:
         for check in library.verify(found):
-            typer.echo(f"{found.name}  {check.path.name}  {check.detail}")
+            screen.say(f"{found.name}  {check.path.name}  {check.detail}")
             damaged |= not check.ok
     if damaged:
         raise typer.Exit(EXIT_MODEL)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
-def _say_error(text: str) -> None:
-    typer.echo(f"error: {text}", err=True)
-
-
-def _say_warning(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)
-
-
-def _say_what_is_used(segmenter: Segmenter) -> None:
-    typer.echo(f"device: {segmenter.device}", err=True)
-    for engine in segmenter.engines.values():
-        typer.echo(f"{engine.net.upper()}: {engine.folder}", err=True)
-        for library, version in sorted(engine.manifest["versions"].items()):
-            typer.echo(f"  built with {library} {version}", err=True)
-
-
-def _say_result(
-    scan: Path, paths: OutputPaths, result: Segmentation, times: dict[str, float]
-) -> None:
-    typer.echo(f"{scan.name}" + (f"  ({result.notice})" if result.notice else ""))
-    typer.echo(f"  brain  {result.brain_ml:8.1f} mL  {paths.brain}")
-    typer.echo(f"  cortex {result.cortex_ml:8.1f} mL  {paths.cortex}")
-    for path in paths.all()[2:]:
-        typer.echo(f"  probabilities       {path}")
-    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in times.items())
-    typer.echo(f"  {stages}; {sum(times.values()):.2f} s in all on {result.device}")
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress | None]:
-    """Give a callback that draws one bar of tiles per network, on a terminal."""
-    if quiet:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:<6}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tiles"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=_console(), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(network: str, done: int, total: int) -> None:
-            if network not in tasks:
-                tasks[network] = bars.add_task(network.upper(), total=total)
-            bars.update(tasks[network], completed=done)
-
-        yield advance
-
-
-@contextmanager
-def _status(title: str, *, quiet: bool) -> Iterator[Callable[[str], None] | None]:
-    """Give a callback that shows what a build is doing, in one line that goes away."""
-    if quiet:
-        yield None
-        return
-    with _console().status(title) as status:
-        yield lambda line: status.update(f"{title}: {line}")
-
-
-@contextmanager
-def _download_progress(
-    *, quiet: bool
-) -> Iterator[tuple[Callable[[str, int, int], None] | None, Callable[[str], None] | None]]:
-    """Give callbacks for bytes received, per file, and for lines worth saying."""
-    if quiet:
-        yield None, None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=_console(), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-
-        yield advance, lambda line: typer.echo(line, err=True)

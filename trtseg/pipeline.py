@@ -9,6 +9,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,10 +23,12 @@ from trtseg.backends.base import NetworkOutput
 from trtseg.engine import is_built, load_engine
 from trtseg.errors import InputError, ModelError
 from trtseg.home import engines_root
+from trtseg.logs import LOG
 from trtseg.models import PUBLISHED, find_models
 from trtseg.normalise import z_score
 from trtseg.orientation import check_unambiguous, restore, to_canonical
 from trtseg.orientation import reorient as orient
+from trtseg.qc import Qc, assess, check_ga
 from trtseg.tiling import plan_tiles
 
 if TYPE_CHECKING:
@@ -73,6 +76,8 @@ class Segmentation:
         What must be said of these weights wherever the result goes; empty for the published ones.
     warnings : tuple of str
         What a person should know before using the result.
+    ga_weeks : float or None
+        Gestational age the checks go by, where it was given.
     """
 
     cortex: NDArray[np.uint8]
@@ -88,16 +93,22 @@ class Segmentation:
     precision: str
     notice: str
     warnings: tuple[str, ...] = field(default=())
+    ga_weeks: float | None = None
 
     @property
     def affine(self) -> NDArray[np.float64]:
         """Voxel indices to millimetres."""
         return self.geometry.affine
 
+    @cached_property
+    def qc(self) -> Qc:
+        """The checks of the result, made when first asked for; see `trtseg.qc.assess`."""
+        return assess(self.brain, self.cortex, self.geometry, ga_weeks=self.ga_weeks)
+
     @property
     def suspect(self) -> bool:
-        """Whether the result should not be used unseen: no brain was found."""
-        return not self.brain.any()
+        """Whether the result should not be used unseen: a check is suspect (``qc.reasons``)."""
+        return self.qc.suspect
 
 
 class Segmenter:
@@ -161,6 +172,7 @@ class Segmenter:
         mask: Any = None,
         probabilities: bool = False,
         reorient: bool = False,
+        ga_weeks: float | None = None,
         progress: Progress | None = None,
     ) -> Segmentation:
         """Segment one scan.
@@ -179,6 +191,8 @@ class Segmenter:
             Run the networks in RAS+ orientation instead of the array as stored, and give the maps
             back on the scan's own grid: the same labels however the scan is stored, but not
             DeepMedic's, which sees the array as stored.
+        ga_weeks : float, optional
+            Gestational age in weeks, 18 to 45: what volumes are plausible.
         progress : callable, optional
             Called as ``progress(network, done, total)`` after every batch of tiles.
 
@@ -190,9 +204,13 @@ class Segmenter:
         ------
         InputError
             The scan or mask cannot be used as it is; the message says why.
+        UsageError
+            The gestational age is no number from 18 to 45.
         """
-        clock = _Clock()
-        with clock("read"):
+        if ga_weeks is not None:
+            check_ga(ga_weeks)
+        times: dict[str, float] = {}
+        with stopwatch(times, "read"):
             image = _read(scan, affine)
             given = None if mask is None else _read_mask(mask, image)
             work, orientation = image, None
@@ -200,15 +218,15 @@ class Segmenter:
                 check_unambiguous(image)
                 work, orientation = to_canonical(image)
                 given = None if given is None else orient(given, orientation)
-        with clock("z-score"):
+        with stopwatch(times, "z-score"):
             scores = z_score(work).data
-        with clock("brain"):
+        with stopwatch(times, "brain"):
             if given is None:
                 brain = self._run("bdn", scores, None, probabilities, progress)
             else:
                 brain = NetworkOutput(given.astype(np.uint8), None)
         roi = brain.labels.astype(bool)
-        with clock("cortex"):
+        with stopwatch(times, "cortex"):
             cortex = gate(self._run("cgm", scores, roi, probabilities, progress), roi)
         if orientation is not None:
             brain, cortex = _restore(brain, orientation), _restore(cortex, orientation)
@@ -220,7 +238,7 @@ class Segmenter:
             geometry=image.geometry,
             brain_ml=int(brain.labels.sum(dtype=np.int64)) * millilitres,
             cortex_ml=int(cortex.labels.sum(dtype=np.int64)) * millilitres,
-            times=MappingProxyType(clock.seconds),
+            times=MappingProxyType(times),
             cortex_probabilities=cortex.probabilities,
             brain_probabilities=brain.probabilities,
             models=self.models,
@@ -228,6 +246,7 @@ class Segmenter:
             precision=self.precision,
             notice=self.engines["cgm"].notice,
             warnings=warnings,
+            ga_weeks=ga_weeks,
         )
 
     def close(self) -> None:
@@ -280,6 +299,7 @@ def segment(
     mask: Any = None,
     probabilities: bool = False,
     reorient: bool = False,
+    ga_weeks: float | None = None,
     progress: Progress | None = None,
 ) -> Segmentation:
     """Segment one scan: `Segmenter` and its `segment` in one call.
@@ -296,6 +316,7 @@ def segment(
             mask=mask,
             probabilities=probabilities,
             reorient=reorient,
+            ga_weeks=ga_weeks,
             progress=progress,
         )
 
@@ -368,17 +389,13 @@ def _read_mask(mask: Any, scan: Scan) -> NDArray[np.bool_]:
     return nifti.mask_from_array(np.asarray(mask), scan.shape)
 
 
-class _Clock:
-    """Adds up the seconds of named stages, in the order they first ran."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+@contextmanager
+def stopwatch(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds the block takes to those of a stage, and log them."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - started
+        seconds[stage] = seconds.get(stage, 0.0) + elapsed
+        LOG.info("%s: %.2f s", stage, elapsed)

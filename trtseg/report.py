@@ -625,7 +625,15 @@ def _seconds(times: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, "not given" if value is None else str(value)) for name, value in options.items()]
+    return [(name.replace("_", " "), _option(value)) for name, value in options.items()]
+
+
+def _option(value: object) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _versions(description: Mapping[str, Any]) -> list[tuple[str, str]]:

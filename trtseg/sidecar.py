@@ -7,11 +7,13 @@ and file names appear only where `keep_names` asks for them. Folders and dates n
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import io
 import json
 import os
 import platform
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,12 +43,16 @@ NOT_A_DEVICE = (
     "Research software, not a medical device: validated for no clinical use. Look at every result."
 )
 
+#: Options that change what a result or its sidecar says, of those `describe` is given.
+DECISIVE = ("reorient", "ga_weeks", "keep_names")
+
 #: Suffixes `write_stats` writes.
 STATS_SUFFIXES = (".csv", ".json")
 
 #: Packages whose versions can change a result or a report; those not installed are left out.
 _PACKAGES = ("numpy", "scipy", "nibabel", "openvino", "tensorrt", "pillow")
 
+_CHUNK = 1 << 20
 _PAIR = {".hdr": ".img", ".img": ".hdr"}
 
 # A spreadsheet runs a cell that begins with one of these as a formula.
@@ -82,7 +88,7 @@ CORTEX_COLOR = "#e69f00"
 LABELS = {
     "brain": (Label(1, "Brain", "BRAIN", BRAIN_COLOR, None),),
     "cortex": (Label(1, "Cortical Gray Matter", "CGM", CORTEX_COLOR, 8),),
-    "combined": (
+    "dseg": (
         Label(1, "Brain other than Cortical Gray Matter", "BRAINOTHER", BRAIN_COLOR, None),
         Label(2, "Cortical Gray Matter", "CGM", CORTEX_COLOR, 8),
     ),
@@ -129,6 +135,53 @@ class Result(Protocol):
         """What a person should know."""
 
 
+def request(
+    *,
+    inputs: Mapping[str, Path | NDArray[Any]],
+    engines: Mapping[str, Engine],
+    models: str,
+    device: str,
+    precision: str,
+    options: Mapping[str, Any],
+    keep_names: bool = False,
+) -> dict[str, Any]:
+    """Say what is going to be made of what: the part of `describe` known before anything runs.
+
+    Parameters
+    ----------
+    models, device, precision : str
+        As in the result.
+    inputs, engines, options, keep_names
+        As for `describe`.
+
+    Returns
+    -------
+    dict
+        `schema`; `id`, the first 12 characters of the scan's SHA-256; `inputs`, a digest each;
+        `models`, with the digests of checkpoint and engine files; `versions`; `device`;
+        `precision`; `options`.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read to take its digest.
+    """
+    given = {role: _input_digest(one, keep_names) for role, one in inputs.items()}
+    return {
+        "schema": SCHEMA,
+        "id": given["scan"]["sha256"][:ID_LENGTH],
+        "inputs": given,
+        "models": {
+            "set": models,
+            "networks": {net: _network(engine) for net, engine in engines.items()},
+        },
+        "versions": versions(),
+        "device": device,
+        "precision": precision,
+        "options": {name: _option(value, keep_names) for name, value in options.items()},
+    }
+
+
 def describe(
     result: Result,
     *,
@@ -140,7 +193,7 @@ def describe(
     times: Mapping[str, float] | None = None,
     keep_names: bool = False,
 ) -> dict[str, Any]:
-    """Say all that made a result, as plain data for JSON.
+    """Say all that made a result, as plain data for JSON: `request` and `complete` in one call.
 
     Parameters
     ----------
@@ -163,31 +216,64 @@ def describe(
     Returns
     -------
     dict
-        `schema`; `id`, the first 12 characters of the scan's SHA-256; `inputs` and `outputs`, a
-        digest each; `models`, with the digests of checkpoint and engine files; `versions`;
-        `device`; `precision`; `options`; `times_s`; `volumes_ml`; `qc`; `notice`; `warnings`;
-        `suspect`; `disclaimer`.
+        What `request` and `complete` say.
 
     Raises
     ------
     InputError, OutputError
         A file cannot be read to take its digest.
     """
-    given = {role: _input_digest(one, keep_names) for role, one in inputs.items()}
+    asked = request(
+        inputs=inputs,
+        engines=engines,
+        models=result.models,
+        device=result.device,
+        precision=result.precision,
+        options=options,
+        keep_names=keep_names,
+    )
+    return complete(asked, result, outputs=outputs, qc=qc, times=times, keep_names=keep_names)
+
+
+def complete(
+    asked: Mapping[str, Any],
+    result: Result,
+    *,
+    outputs: Mapping[str, Path],
+    qc: Qc,
+    times: Mapping[str, float] | None = None,
+    keep_names: bool = False,
+) -> dict[str, Any]:
+    """Add to what was asked what came of it.
+
+    Parameters
+    ----------
+    asked : mapping
+        From `request`.
+    result, outputs, qc, times, keep_names
+        As for `describe`.
+
+    Returns
+    -------
+    dict
+        What `request` says, and `outputs`, a digest each; `labels`, the meaning of the values in
+        each map; `shape`; `times_s`; `volumes_ml`; `qc`; `suspect`; `notice`; `warnings`;
+        `disclaimer`.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be read to take its digest.
+    """
     return {
-        "schema": SCHEMA,
-        "id": given["scan"]["sha256"][:ID_LENGTH],
-        "inputs": given,
+        **asked,
         "outputs": {role: _output_digest(one, keep_names) for role, one in outputs.items()},
-        "shape": list(result.brain.shape),
-        "models": {
-            "set": result.models,
-            "networks": {net: _network(engine) for net, engine in engines.items()},
+        "labels": {
+            role: {str(label.index): label.name for label in LABELS[role]}
+            for role in outputs
+            if role in LABELS
         },
-        "versions": versions(),
-        "device": result.device,
-        "precision": result.precision,
-        "options": {name: _option(value, keep_names) for name, value in options.items()},
+        "shape": list(result.brain.shape),
         "times_s": dict(result.times if times is None else times),
         "volumes_ml": {"brain": result.brain_ml, "cortex": result.cortex_ml},
         "qc": {"suspect": qc.suspect, "checks": [check.to_dict() for check in qc.checks]},
@@ -196,6 +282,71 @@ def describe(
         "warnings": list(result.warnings),
         "disclaimer": NOT_A_DEVICE,
     }
+
+
+def add_outputs(
+    description: Mapping[str, Any],
+    outputs: Mapping[str, Path],
+    times: Mapping[str, float],
+    *,
+    keep_names: bool = False,
+) -> dict[str, Any]:
+    """A description with more files, such as the report that was made of it, and their times.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be read to take its digest.
+    """
+    more = {role: _output_digest(one, keep_names) for role, one in outputs.items()}
+    return {
+        **description,
+        "outputs": {**description["outputs"], **more},
+        "times_s": {**description["times_s"], **times},
+    }
+
+
+def find_complete(
+    path: Path, asked: Mapping[str, Any], outputs: Mapping[str, Path]
+) -> dict[str, Any] | None:
+    """The description in a sidecar, if what is asked for has been done and is still there, intact.
+
+    Parameters
+    ----------
+    path : Path
+        The sidecar; need not exist.
+    asked : mapping
+        From `request`.
+    outputs : mapping of str to Path
+        The files that must be there.
+
+    Returns
+    -------
+    dict or None
+        The description, if it is of the same inputs, networks, version of trtseg, kind of device,
+        precision and options (those in `DECISIVE`), and each of `outputs` has the digest it says.
+        None where anything is missing, differs or cannot be read.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = _decisive(found) == _decisive(asked) and all(
+            found["outputs"][role]["sha256"] == sha256_file(file) for role, file in outputs.items()
+        )
+        whole = isinstance(found["suspect"], bool) and "id" in stats_row(found)
+    # The last three are what reading a description of another shape raises.
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+    return found if same and whole else None
+
+
+def _decisive(description: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides about every byte of a result, times aside."""
+    return (
+        *(description[key] for key in ("schema", "inputs", "models", "precision")),
+        description["versions"]["trtseg"],
+        description["device"].partition(":")[0],  # the second of two like GPUs is as good
+        [description["options"][name] for name in DECISIVE],
+    )
 
 
 def scan_name(description: Mapping[str, Any]) -> str:
@@ -221,7 +372,7 @@ def write_lookup(path: Path, kind: str) -> None:
     ----------
     path : Path
     kind : str
-        ``"brain"``, ``"cortex"`` or ``"combined"``, see `LABELS`.
+        ``"brain"``, ``"cortex"`` or ``"dseg"`` (both in one), see `LABELS`.
 
     Raises
     ------
@@ -277,7 +428,7 @@ def failed_row(scan: Path, exit_code: int, *, keep_names: bool = False) -> dict[
     """Row of a scan that could not be segmented; the id is empty if it cannot even be read."""
     try:
         identity = scan.name if keep_names else _file_digest(scan)[:ID_LENGTH]
-    except OSError:
+    except (OSError, ValueError):
         identity = ""
     return {"id": identity, "status": f"failed with exit code {exit_code}"}
 
@@ -288,12 +439,12 @@ def check_stats_path(path: Path) -> None:
     Raises
     ------
     UsageError
-        The name ends neither in .csv nor in .json.
+        The name ends neither in .csv nor in .json, or is a folder's.
     """
-    if path.suffix.lower() not in STATS_SUFFIXES:
+    if path.suffix.lower() not in STATS_SUFFIXES or os.path.isdir(path):  # noqa: PTH112 (no errors)
         raise UsageError(
             f"--stats {path.name}",
-            expected=f"a name ending in {' or '.join(STATS_SUFFIXES)}",
+            expected=f"the name of a file ending in {' or '.join(STATS_SUFFIXES)}",
         )
 
 
@@ -342,23 +493,30 @@ def _input_digest(source: Path | NDArray[Any], keep_names: bool) -> dict[str, An
         return {"sha256": sha256_bytes(data.tobytes()), "of": f"array of {data.dtype.name}"}
     try:
         digest = _file_digest(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise InputError(
-            f"{source}: {error.strerror or error}",
-            expected="the file that was segmented, to take its digest",
-            action="leave it in place until the run is over",
+            f"{source}: {getattr(error, 'strerror', None) or error}",
+            expected="a NIfTI file that can be read",
+            action="check the name and its permissions",
         ) from error
     return _named({"sha256": digest, "of": "file"}, source, keep_names)
 
 
 def _file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes; of an .hdr/.img pair, of the header's and then the image's."""
+    files = [path]
     other = _PAIR.get(path.suffix.lower())
-    if other is None:
-        return sha256_file(path)
-    partner = path.with_suffix(other.upper() if path.suffix.isupper() else other)
-    header, image = (path, partner) if other == ".img" else (partner, path)
-    return sha256_bytes(header.read_bytes() + image.read_bytes())
+    if other is not None:
+        partner = path.with_suffix(other.upper() if path.suffix.isupper() else other)
+        files = [path, partner] if other == ".img" else [partner, path]
+    digest = hashlib.sha256()
+    for file in files:
+        if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe would wait for ever
+            raise OSError("a folder" if file.is_dir() else "not a regular file")
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _output_digest(path: Path, keep_names: bool) -> dict[str, Any]:

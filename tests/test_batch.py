@@ -1,0 +1,458 @@
+"""Many scans: which are found, what is written for each, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from trtseg import batch, nifti
+from trtseg.architecture import PUBLISHED
+from trtseg.batch import Options, Outcome, find_scans, process
+from trtseg.engine import Engine
+from trtseg.errors import EngineError, OutputError, UsageError
+from trtseg.logs import log_to
+from trtseg.output import OutputPaths, plan_outputs
+from trtseg.pipeline import EMPTY_BRAIN, Segmentation
+
+# Which scans
+
+
+def touch(folder: Path, *names: str) -> list[Path]:
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return paths
+
+
+def names(paths: tuple[Path, ...]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_files_are_taken_as_they_are(tmp_path):
+    paths = touch(tmp_path, "b.nii", "a.hdr", "c.txt")
+    found = find_scans([*paths, tmp_path / "missing.nii"])
+    assert found.scans == (*paths, tmp_path / "missing.nii")
+    assert found.passed_over == ()
+
+
+def test_a_folder_stands_for_the_scans_in_it(tmp_path):
+    touch(tmp_path, "b.nii", "a.NII.GZ", "c.txt", ".d.nii", "below/e.nii")
+    (tmp_path / "f.nii").mkdir()
+    found = find_scans([tmp_path])
+    assert found.scans == (tmp_path / "a.NII.GZ", tmp_path / "b.nii")
+
+
+def test_patterns(tmp_path, monkeypatch):
+    touch(tmp_path, "sub-1/a.nii", "sub-2/b.nii.gz", "sub-2/deep/c.nii", "other/d.nii", "e.nii")
+    monkeypatch.chdir(tmp_path)
+    for pattern, expected in {
+        "*.nii": ["e.nii"],
+        "sub-?": ["a.nii", "b.nii.gz"],
+        "sub-[12]/*": ["a.nii", "b.nii.gz", "c.nii"],
+        "**/*.nii": ["e.nii", "d.nii", "a.nii", "c.nii"],
+    }.items():
+        assert names(find_scans([Path(pattern)]).scans) == expected
+        assert names(find_scans([tmp_path / pattern]).scans) == expected
+
+
+def test_a_name_that_looks_like_a_pattern(tmp_path):
+    [scan, _] = touch(tmp_path, "a[1].nii", "a1.nii")
+    assert find_scans([scan]).scans == (scan,)
+
+
+def test_what_is_named_twice(tmp_path):
+    [a, b] = touch(tmp_path, "a.nii", "b.nii")
+    assert find_scans([b, tmp_path, tmp_path / "*.nii"]).scans == (b, a)
+    assert find_scans([a, a]).scans == (a, a)  # for `plan_outputs` to refuse
+
+
+MAPS = ("_brain.nii.gz", "_cgm.nii.gz", "_brain_prob.nii.gz", "_cgm_prob.nii", "_dseg.nii.gz")
+
+
+def test_results_beside_their_scan_are_passed_over_in_a_folder(tmp_path):
+    results = touch(tmp_path, *(f"a{ending}" for ending in MAPS))
+    [scan] = touch(tmp_path, "a.nii")
+    found = find_scans([tmp_path])
+    assert found.scans == (scan,)
+    assert set(found.passed_over) == set(results)
+    # Someone may have named their own scans so: named outright, they are taken.
+    assert find_scans(results).scans == tuple(results)
+
+
+def test_results_beside_their_sidecar_are_always_passed_over(tmp_path):
+    results = touch(tmp_path, *(f"a{ending}" for ending in MAPS))
+    touch(tmp_path, "a_trtseg.json")
+    [scan] = touch(tmp_path, "in/a.nii")
+    for arguments in ([scan, tmp_path], [scan, *results]):
+        found = find_scans(arguments)
+        assert found.scans == (scan,)
+        assert set(found.passed_over) == set(results)
+    with pytest.raises(UsageError, match="nothing to segment"):
+        find_scans([tmp_path])
+
+
+def test_a_brain_that_was_cut_out_by_another_program_is_a_scan(tmp_path):
+    [scan] = touch(tmp_path, "a_brain.nii.gz")
+    assert find_scans([tmp_path]).scans == (scan,)
+
+
+@pytest.mark.parametrize("name", ["", "*.nii", "nothing*"])
+def test_nothing_found(tmp_path, name):
+    touch(tmp_path, "a.txt")
+    with pytest.raises(UsageError, match="no scan in it"):
+        find_scans([tmp_path / name])
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(batch.InputError, match="Permission denied"):
+        find_scans([tmp_path])
+
+
+# What is done with each
+
+
+class FakeSegmenter:
+    """Calls the brighter half brain, and the brightest quarter cortex."""
+
+    models, device, precision = "fake", "cpu", "f32"
+
+    def __init__(self) -> None:
+        manifest: dict[str, Any] = {
+            "checkpoint": {"bdn.model.ckpt.index": "1" * 64},
+            "files": {"weights.npz": "2" * 64},
+            "versions": {"trtseg": "1"},
+        }
+        self.engines = {
+            net: Engine(Path("secret/folder"), "fake", net, PUBLISHED, manifest)
+            for net in ("bdn", "cgm")
+        }
+        self.runs: list[str] = []
+        self.error: BaseException | None = None
+
+    def segment(self, path: Path, *, mask: Any, ga_weeks: Any, **options: Any) -> Segmentation:
+        self.runs.append(path.name)
+        if self.error is not None:
+            raise self.error
+        scan = nifti.read_scan(path)
+        brain = (scan.data > 50).astype(np.uint8)
+        cortex = (scan.data > 75).astype(np.uint8)
+        return Segmentation(
+            cortex=cortex,
+            brain=brain,
+            geometry=scan.geometry,
+            brain_ml=int(brain.sum()) * scan.geometry.voxel_volume_ml,
+            cortex_ml=int(cortex.sum()) * scan.geometry.voxel_volume_ml,
+            times={"read": 0.25},
+            cortex_probabilities=None,
+            brain_probabilities=None,
+            models="fake",
+            device="cpu",
+            precision="f32",
+            notice="fake weights",
+            warnings=() if brain.any() else (EMPTY_BRAIN,),
+            ga_weeks=ga_weeks,
+        )
+
+
+@pytest.fixture
+def segmenter() -> FakeSegmenter:
+    return FakeSegmenter()
+
+
+def write_scan(path: Path, *, brightest: int = 100) -> Path:
+    """Voxels of 4 mm with a bright ball in the middle: a plausible fetal brain of 137 mL."""
+    steps = np.arange(24) - 11.5
+    distance = np.sqrt(sum(np.square(g) for g in np.meshgrid(steps, steps, steps, indexing="ij")))
+    values = np.where(distance < 8, 60, 10) + np.where((distance > 7) & (distance < 7.5), 40, 0)
+    values = np.minimum(values, brightest).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([4.0, 4, 4, 1])), path)
+    return path
+
+
+def plan(scan: Path, options: Options = Options()) -> OutputPaths:  # noqa: B008 (frozen)
+    [paths] = plan_outputs([scan], None, dseg=options.save_dseg, report=options.report)
+    return paths
+
+
+def run(segmenter: Any, scan: Path, **options: Any) -> Outcome:
+    asked = Options(**options)
+    return process(segmenter, scan, plan(scan, asked), asked)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_scan(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    outcome = run(segmenter, scan, ga_weeks=27.0)
+    assert (outcome.status, outcome.exit_code, outcome.resumed) == ("ok", 0, False)
+    assert outcome.reasons == ()
+    assert outcome.error == ""
+    assert files(tmp_path) == ["a.nii.gz", "a_brain.nii.gz", "a_cgm.nii.gz", "a_trtseg.json"]
+    written = json.loads((tmp_path / "a_trtseg.json").read_text("utf-8"))
+    assert written == outcome.description
+    assert outcome.id == written["id"] == written["inputs"]["scan"]["sha256"][:12]
+    assert list(outcome.description["times_s"]) == ["read", "check", "write"]
+    assert set(written["outputs"]) == {"cortex", "brain"}
+    assert written["options"] == {
+        "models": None,
+        "device": "auto",
+        "threads": None,
+        "precision": "f32",
+        "mask": None,
+        "save_probabilities": False,
+        "save_dseg": False,
+        "reorient": False,
+        "report": False,
+        "ga_weeks": 27.0,
+        "keep_names": False,
+    }
+    row = outcome.row(keep_names=False)
+    assert (row["id"], row["status"]) == (outcome.id, "ok")
+
+
+def test_all_that_can_be_asked_for(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    outcome = run(segmenter, scan, report=True, save_dseg=True)
+    assert files(tmp_path) == [
+        "a.nii.gz",
+        "a_brain.nii.gz",
+        "a_cgm.nii.gz",
+        "a_dseg.nii.gz",
+        "a_dseg.tsv",
+        "a_report.html",
+        "a_report.png",
+        "a_trtseg.json",
+    ]
+    assert set(outcome.description["outputs"]) == {
+        "cortex", "brain", "dseg", "lookup", "report", "picture",
+    }  # fmt: skip
+    assert "report" in outcome.description["times_s"]
+    page = (tmp_path / "a_report.html").read_text("utf-8")
+    assert outcome.description["outputs"]["cortex"]["sha256"] in page
+    assert f"scan {outcome.id}" in page
+
+
+def test_a_suspect_result_is_written(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz", brightest=40)
+    outcome = run(segmenter, scan)
+    assert (outcome.status, outcome.exit_code) == ("suspect", 6)
+    assert "No brain was found: both maps are empty." in outcome.reasons
+    assert "a_cgm.nii.gz" in files(tmp_path)
+    assert outcome.row(keep_names=False)["status"] == "suspect"
+
+
+def test_a_scan_that_fails(segmenter, tmp_path):
+    scan = tmp_path / "a.nii.gz"
+    scan.write_bytes(write_scan(tmp_path / "b.nii.gz").read_bytes()[:-9])
+    outcome = run(segmenter, scan)
+    assert (outcome.status, outcome.exit_code) == ("failed", 2)
+    assert outcome.error.startswith(f"{scan}: truncated")
+    assert len(outcome.id) == 12
+    assert outcome.reasons == ()
+    assert outcome.row(keep_names=False) == {"id": outcome.id, "status": "failed with exit code 2"}
+    assert files(tmp_path) == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_scan_that_is_not_there(segmenter, tmp_path):
+    outcome = run(segmenter, tmp_path / "a.nii.gz")
+    assert (outcome.status, outcome.exit_code, outcome.id) == ("failed", 2, "")
+    assert "No such file" in outcome.error
+    assert segmenter.runs == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MemoryError(), 4), (EngineError("x"), 3), (OutputError("x"), 5)]
+)
+def test_errors_become_outcomes(segmenter, tmp_path, error, code):
+    segmenter.error = error
+    assert run(segmenter, write_scan(tmp_path / "a.nii.gz")).exit_code == code
+
+
+def test_an_interrupt_is_none(segmenter, tmp_path):
+    segmenter.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(segmenter, write_scan(tmp_path / "a.nii.gz"))
+
+
+def test_a_scan_that_changes_meanwhile_gives_no_result(segmenter, tmp_path, monkeypatch):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    segment = segmenter.segment
+
+    def change(*args: Any, **options: Any) -> Segmentation:
+        result = segment(*args, **options)
+        write_scan(scan, brightest=99)
+        return result
+
+    monkeypatch.setattr(segmenter, "segment", change)
+    outcome = run(segmenter, scan)
+    assert (outcome.status, outcome.exit_code) == ("failed", 2)
+    assert "changed while it was segmented" in outcome.error
+    assert files(tmp_path) == ["a.nii.gz"]
+
+
+# What is done already
+
+
+def test_what_is_complete_is_not_run_again(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz", brightest=40)
+    first = run(segmenter, scan, report=True)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = run(segmenter, scan, report=True, resume=True, threads=1)
+    assert segmenter.runs == ["a.nii.gz"]
+    assert again.resumed
+    assert (again.status, again.exit_code) == ("suspect", 6)
+    assert again.row(keep_names=False) == first.row(keep_names=False)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_without_resume_everything_is_run_again(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan)
+    assert not run(segmenter, scan).resumed
+    assert len(segmenter.runs) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil", ["a_cgm.nii.gz", "a_brain.nii.gz", "a_report.html", "a_report.png", "a_trtseg.json"]
+)
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_is_not_intact_is_run_again(segmenter, tmp_path, spoil, gone):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan, report=True)
+    content = (tmp_path / spoil).read_bytes()
+    if gone:
+        (tmp_path / spoil).unlink()
+    else:
+        (tmp_path / spoil).write_bytes(content[:-2])
+    again = run(segmenter, scan, report=True, resume=True)
+    assert not again.resumed
+    assert len(segmenter.runs) == 2
+    assert run(segmenter, scan, report=True, resume=True).resumed
+
+
+@pytest.mark.parametrize(
+    "options", [{"report": True}, {"save_dseg": True}, {"ga_weeks": 24.0}, {"keep_names": True}]
+)
+def test_what_was_asked_otherwise_is_run_again(segmenter, tmp_path, options):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan)
+    assert not run(segmenter, scan, resume=True, **options).resumed
+    assert run(segmenter, scan, resume=True, **options).resumed
+
+
+def test_another_scan_of_the_same_name_is_run(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan)
+    write_scan(scan, brightest=90)
+    assert not run(segmenter, scan, resume=True).resumed
+
+
+def test_other_networks_run_again(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan)
+    other = FakeSegmenter()
+    other.engines["cgm"].manifest["files"]["weights.npz"] = "3" * 64  # type: ignore[index]
+    assert not run(other, scan, resume=True).resumed
+
+
+@pytest.mark.parametrize("stage", ["save", "write_report", "write_sidecar"])
+def test_a_run_that_was_cut_short_is_not_complete(segmenter, tmp_path, monkeypatch, stage):
+    scan = write_scan(tmp_path / "a.nii.gz")
+
+    def cut(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, stage, cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(segmenter, scan, report=True)
+    assert not (tmp_path / "a_trtseg.json").exists()
+    assert not run(segmenter, scan, report=True, resume=True).resumed
+    assert run(segmenter, scan, report=True, resume=True).resumed
+
+
+# The log
+
+
+def logged(path: Path) -> list[str]:
+    return [line.split(" ", 1)[1] for line in path.read_text("utf-8").splitlines()]
+
+
+def test_the_log_of_a_scan(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "doe.nii.gz", brightest=40)
+    path = tmp_path / "a.log"
+    with log_to(path):
+        name = run(segmenter, scan).id
+        run(segmenter, scan, resume=True)
+    lines = logged(path)
+    assert lines[0] == f"INFO scan {name}: started"
+    assert f"WARNING scan {name}: {EMPTY_BRAIN}" in lines
+    assert f"WARNING scan {name}: suspect: No brain was found: both maps are empty." in lines
+    assert lines[-2:] == [
+        f"INFO scan {name}: suspect, brain 0.0 mL, cortex 0.0 mL",
+        f"INFO scan {name}: complete, not run again",
+    ]
+    stages = [line.split(":")[0] for line in lines if line.endswith(" s")]
+    assert stages == ["INFO check", "INFO write"]
+    assert "doe" not in path.read_text("utf-8")
+
+
+def test_the_log_of_scans_that_fail(segmenter, tmp_path):
+    scan = tmp_path / "doe.nii.gz"
+    scan.write_bytes(b"doe, jane")
+    path = tmp_path / "a.log"
+    with log_to(path):
+        name = run(segmenter, scan).id
+        run(segmenter, tmp_path / "gone.nii")
+        segmenter.error = MemoryError()
+        run(segmenter, scan)
+        segmenter.error = EngineError(f"{tmp_path}: damaged")
+        run(segmenter, scan)
+    assert [line for line in logged(path) if line.startswith("ERROR")] == [
+        f"ERROR scan {name}: failed, InputError, exit code 2: truncated or damaged gzip data",
+        "ERROR scan unreadable: failed, InputError, exit code 2: No such file or directory",
+        f"ERROR scan {name}: failed, MemoryError, exit code 4: out of memory",
+        f"ERROR scan {name}: failed, EngineError, exit code 3",
+    ]
+    for word in ("doe", "gone", tmp_path.name):
+        assert word not in path.read_text("utf-8")
+
+
+def test_the_log_with_names(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "doe.nii.gz")
+    with log_to(tmp_path / "a.log", names=True):
+        name = run(segmenter, scan, keep_names=True).id
+    assert logged(tmp_path / "a.log")[0] == f"DEBUG scan {name}: file name 'doe.nii.gz'"
+    assert tmp_path.name not in (tmp_path / "a.log").read_text("utf-8")
+
+
+def test_a_mask_is_read_and_its_name_is_not_kept(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    mask = write_scan(tmp_path / "doe_mask.nii.gz")
+    outcome = run(segmenter, scan, mask=mask)
+    assert outcome.description["options"]["mask"] == "given"
+    assert (
+        outcome.description["inputs"]["mask"]["sha256"]
+        == outcome.description["inputs"]["scan"]["sha256"]
+    )
+    assert run(segmenter, scan, mask=mask, resume=True).resumed
+    assert not run(segmenter, scan, resume=True).resumed
+
+
+def test_no_row_holds_a_name_unless_asked(tmp_path):
+    outcome = Outcome(tmp_path / "doe.nii", "", SimpleNamespace(), "failed", 2)  # type: ignore[arg-type]
+    assert outcome.row(keep_names=False)["id"] == ""
+    assert outcome.row(keep_names=True)["id"] == "doe.nii"

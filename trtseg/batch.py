@@ -1,0 +1,376 @@
+"""One scan after another: which ones, what is done already, and what came of each."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trtseg import nifti
+from trtseg.errors import (
+    EXIT_DEVICE,
+    EXIT_OK,
+    EXIT_SUSPECT,
+    InputError,
+    TrtsegError,
+    UsageError,
+)
+from trtseg.logs import LOG
+from trtseg.output import MAP_ENDINGS, SIDECAR_ENDING, is_folder, save
+from trtseg.pipeline import stopwatch
+from trtseg.report import write_report
+from trtseg.sidecar import (
+    add_outputs,
+    complete,
+    failed_row,
+    find_complete,
+    request,
+    stats_row,
+    write_sidecar,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trtseg.output import OutputPaths
+    from trtseg.pipeline import Progress, Segmentation, Segmenter
+    from trtseg.scan import Scan
+
+#: What an error of too little memory says of a scan.
+OUT_OF_MEMORY = "out of memory; expected more free memory for this scan; close other programs"
+
+_SCANS = (".nii", ".nii.gz")
+
+
+# Which scans
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scans to segment, and files that were passed over as results of trtseg."""
+
+    scans: tuple[Path, ...]
+    passed_over: tuple[Path, ...]
+
+
+def find_scans(arguments: Sequence[Path]) -> Found:
+    """Find the scans that are meant by files, folders and patterns.
+
+    Parameters
+    ----------
+    arguments : sequence of Path
+        A file is taken as it is. A folder stands for the .nii and .nii.gz files in it, but not in
+        folders below it; a pattern (``*``, ``?``, ``[...]``, and ``**`` for any depth) for the
+        files and folders it matches.
+
+    Returns
+    -------
+    Found
+        In the order given, sorted within a folder or pattern; what folders and patterns have in
+        common with what was named before is taken once. A map of trtseg is passed over if its
+        sidecar lies beside it; in folders and patterns also if its scan does.
+
+    Raises
+    ------
+    InputError
+        A folder cannot be read.
+    UsageError
+        A folder or pattern holds no scan, or nothing is left.
+    """
+    scans: list[Path] = []
+    passed: list[Path] = []
+    seen: set[str] = set()
+    for argument in arguments:
+        searched = is_folder(argument) or _is_pattern(argument)
+        files = sorted(_searched(argument)) if searched else [argument]
+        if not files:
+            raise UsageError(
+                f"{argument}: no scan in it", expected="files ending in .nii or .nii.gz"
+            )
+        for file in files:
+            key = os.path.realpath(file)
+            if not (searched and key in seen):
+                (passed if _is_result(file, by_scan=searched) else scans).append(file)
+            seen.add(key)
+    if not scans:
+        raise UsageError(
+            "nothing to segment: all that was found are trtseg's own results",
+            expected="a scan",
+            action="name the scan itself",
+        )
+    return Found(tuple(scans), tuple(passed))
+
+
+def _is_pattern(argument: Path) -> bool:
+    """Whether it is one and not, as brackets are allowed there, the name of a file."""
+    return glob.has_magic(str(argument)) and not os.path.lexists(argument)
+
+
+def _searched(argument: Path) -> Iterator[Path]:
+    """Scan-like files of a folder, or of what a pattern matches."""
+    matches = [argument]
+    if not is_folder(argument):
+        found = glob.iglob(str(argument), recursive=True)  # noqa: PTH207 (no absolute patterns)
+        matches = [Path(match) for match in found]
+    for match in matches:
+        for path in _children(match) if is_folder(match) else [match]:
+            name = path.name.lower()
+            if name.endswith(_SCANS) and not name.startswith(".") and not is_folder(path):
+                yield path
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{folder}: {error.strerror or error}",
+            expected="a folder that can be read",
+            action="check its permissions",
+        ) from error
+
+
+def _is_result(path: Path, *, by_scan: bool) -> bool:
+    stem = nifti.volume_stem(path)
+    for ending in MAP_ENDINGS:
+        if stem.endswith(ending):
+            start = stem.removesuffix(ending)
+            beside = [SIDECAR_ENDING, *(_SCANS if by_scan else ())]
+            return any(os.path.lexists(path.parent / f"{start}{other}") for other in beside)
+    return False
+
+
+# What is done with each
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of every scan of a run; names and meaning are those of the command line."""
+
+    models: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    precision: str = "f32"
+    mask: Path | None = None
+    save_probabilities: bool = False
+    save_dseg: bool = False
+    reorient: bool = False
+    report: bool = False
+    ga_weeks: float | None = None
+    keep_names: bool = False
+    resume: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """What the sidecar says of them: all but `resume`, which changes no result."""
+        return {name: value for name, value in vars(self).items() if name != "resume"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one scan.
+
+    Attributes
+    ----------
+    scan : Path
+    id : str
+        The first 12 characters of its SHA-256; empty for one that cannot be read.
+    paths : OutputPaths
+    status : str
+        ``"ok"``, ``"suspect"``, or ``"failed"``.
+    exit_code : int
+    resumed : bool
+        It was complete before this run.
+    description : mapping
+        From `trtseg.sidecar.complete`; empty for a scan that failed.
+    error : str
+        Why it failed; else empty.
+    """
+
+    scan: Path
+    id: str
+    paths: OutputPaths
+    status: Literal["ok", "suspect", "failed"]
+    exit_code: int
+    resumed: bool = False
+    description: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The sentences of the suspect checks."""
+        checks = self.description["qc"]["checks"] if self.description else ()
+        return tuple(check["line"] for check in checks if check["verdict"] == "suspect")
+
+    def row(self, *, keep_names: bool) -> dict[str, Any]:
+        """The row of this scan in the table of ``--stats``."""
+        if not self.description:
+            return failed_row(self.scan, self.exit_code, keep_names=keep_names)
+        return stats_row(self.description)
+
+
+def process(
+    segmenter: Segmenter,
+    scan: Path,
+    paths: OutputPaths,
+    options: Options,
+    *,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Segment one scan and write all that was asked for; or find that this has been done.
+
+    The maps are written first, the cortex last of them, then the report, and the sidecar at the
+    end: where it is and its digests hold, the result is complete.
+
+    Returns
+    -------
+    Outcome
+        An error of this scan is one too: it must not stop the others.
+    """
+    name = ""
+    try:
+        asked = _request(segmenter, scan, options)
+        name = asked["id"]
+        LOG.debug("scan %s: file name %r", name, scan.name)
+        if options.resume:
+            found = find_complete(paths.sidecar, asked, paths.results())
+            if found is not None:
+                LOG.info("scan %s: complete, not run again", name)
+                return _outcome(scan, paths, found, resumed=True)
+        LOG.info("scan %s: started", name)
+        outcome = _outcome(scan, paths, _segment(segmenter, scan, paths, options, asked, progress))
+    except TrtsegError as error:
+        _log_failure(name, type(error).__name__, error.exit_code, _reason(error, scan))
+        return Outcome(scan, name, paths, "failed", error.exit_code, error=str(error))
+    except MemoryError:
+        _log_failure(name, "MemoryError", EXIT_DEVICE, "out of memory")
+        return Outcome(scan, name, paths, "failed", EXIT_DEVICE, error=f"{scan}: {OUT_OF_MEMORY}")
+    _log_outcome(name, outcome)
+    return outcome
+
+
+def _request(segmenter: Segmenter, scan: Path, options: Options) -> dict[str, Any]:
+    return request(
+        inputs={"scan": scan, **({} if options.mask is None else {"mask": options.mask})},
+        engines=segmenter.engines,
+        models=segmenter.models,
+        device=segmenter.device,
+        precision=segmenter.precision,
+        options=options.record(),
+        keep_names=options.keep_names,
+    )
+
+
+def _segment(
+    segmenter: Segmenter,
+    scan: Path,
+    paths: OutputPaths,
+    options: Options,
+    asked: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Run the networks, write everything, give the description that was written."""
+    result = segmenter.segment(
+        scan,
+        mask=options.mask,
+        probabilities=options.save_probabilities,
+        reorient=options.reorient,
+        ga_weeks=options.ga_weeks,
+        progress=progress,
+    )
+    shown = nifti.read_scan(scan) if options.report else None
+    # Files were read between two looks at their digests: these are the bytes that were segmented.
+    if _request(segmenter, scan, options)["inputs"] != asked["inputs"]:
+        raise InputError(
+            f"{scan}: changed while it was segmented",
+            expected="a scan that stays as it is",
+            action="run it again when nothing writes to it; no result was written",
+        )
+    times = dict(result.times)
+    with stopwatch(times, "check"):
+        qc = result.qc
+    with stopwatch(times, "write"):
+        save(result, paths)
+    described = complete(
+        asked,
+        result,
+        outputs=paths.maps(),
+        qc=qc,
+        times=times,
+        keep_names=options.keep_names,
+    )
+    if shown is not None:
+        described = _report(shown, result, paths, described, options.keep_names)
+    write_sidecar(paths.sidecar, described)
+    return described
+
+
+def _report(
+    scan: Scan,
+    result: Segmentation,
+    paths: OutputPaths,
+    described: dict[str, Any],
+    keep_names: bool,
+) -> dict[str, Any]:
+    """Write the page and its picture; give the description with both of them."""
+    times: dict[str, float] = {}
+    pages = paths.pages()
+    with stopwatch(times, "report"):
+        write_report(
+            pages["report"],
+            pages["picture"],
+            scan=scan,
+            brain=result.brain,
+            cortex=result.cortex,
+            description=described,
+        )
+    return add_outputs(described, pages, times, keep_names=keep_names)
+
+
+def _outcome(
+    scan: Path, paths: OutputPaths, description: Mapping[str, Any], *, resumed: bool = False
+) -> Outcome:
+    suspect = bool(description["suspect"])
+    return Outcome(
+        scan,
+        description["id"],
+        paths,
+        "suspect" if suspect else "ok",
+        EXIT_SUSPECT if suspect else EXIT_OK,
+        resumed,
+        description,
+    )
+
+
+def _log_outcome(name: str, outcome: Outcome) -> None:
+    description = outcome.description
+    for warning in description["warnings"]:
+        LOG.warning("scan %s: %s", name, warning)
+    for reason in outcome.reasons:
+        LOG.warning("scan %s: suspect: %s", name, reason)
+    volumes = description["volumes_ml"]
+    LOG.info(
+        "scan %s: %s, brain %.1f mL, cortex %.1f mL",
+        name,
+        outcome.status,
+        volumes["brain"],
+        volumes["cortex"],
+    )
+
+
+def _log_failure(name: str, kind: str, exit_code: int, reason: str) -> None:
+    said = f": {reason}" if reason else ""
+    LOG.error("scan %s: failed, %s, exit code %d%s", name or "unreadable", kind, exit_code, said)
+
+
+def _reason(error: TrtsegError, scan: Path) -> str:
+    """What an error says of the scan without its name; empty where that cannot be told apart.
+
+    What stands in brackets is left out: it may quote the file.
+    """
+    start = f"{scan}: "
+    if not error.found.startswith(start):
+        return ""
+    return error.found[len(start) :].partition(" (")[0]

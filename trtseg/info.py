@@ -1,0 +1,288 @@
+"""What is here and what is missing: versions, devices, model sets, built networks, folders."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+from trtseg import __version__
+from trtseg.engine import build_command, built_models
+from trtseg.errors import TrtsegError
+from trtseg.home import checkpoints_root, engines_root, home
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trtseg.backends.base import Backend
+
+#: Libraries, and the packages each can come from; the first installed one is named.
+LIBRARIES = {
+    "numpy": ("numpy",),
+    "scipy": ("scipy",),
+    "nibabel": ("nibabel",),
+    "openvino": ("openvino",),
+    "tensorflow": ("tensorflow-cpu", "tensorflow"),
+    "onnx": ("onnx",),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+    "pycuda": ("pycuda",),
+}
+
+_DRIVER = "libcuda.so.1"
+# CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR and _MINOR in cuda.h.
+_CAPABILITY = (75, 76)
+
+
+def gather(engines: Path | None = None) -> dict[str, Any]:
+    """Look at everything a run would use; nothing is changed and no device is claimed.
+
+    Parameters
+    ----------
+    engines : Path, optional
+        Folder of built networks; default see `trtseg.home.engines_root`.
+
+    Returns
+    -------
+    dict
+        Plain data for JSON. `versions`; `libraries`, version or None each; `folders`; `devices`,
+        with ``cpu`` and ``cuda``; `models`; `engines`; and `missing`, a list of what is not here:
+        `for` what, `what` it is, and the `command` that mends it.
+
+    Raises
+    ------
+    UsageError
+        ``$TRTSEG_HOME`` names no folder.
+    """
+    root = engines_root(engines)
+    libraries = {name: _version(packages) for name, packages in LIBRARIES.items()}
+    missing: list[dict[str, str]] = []
+    cpu = _cpu(missing)
+    cuda = _cuda(libraries, missing)
+    models = _models(libraries, missing)
+    return {
+        "versions": {
+            "trtseg": __version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "libraries": libraries,
+        "folders": {
+            "home": str(home()),
+            "checkpoints": str(checkpoints_root()),
+            "engines": str(root),
+        },
+        "devices": {"cpu": cpu, "cuda": cuda},
+        "models": models,
+        "engines": _engines(root, [one["name"] for one in models], cpu["usable"], missing),
+        "missing": missing,
+    }
+
+
+def _version(packages: tuple[str, ...]) -> str | None:
+    """Version of the first package that is installed; nothing is imported."""
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _lacks(missing: list[dict[str, str]], purpose: str, what: str, command: str) -> None:
+    missing.append({"for": purpose, "what": what, "command": command})
+
+
+# Devices
+
+
+def _cpu(missing: list[dict[str, str]]) -> dict[str, Any]:
+    from trtseg.backends.openvino import available_threads
+
+    usable = True
+    bf16 = False
+    try:
+        _open_cpu("f32").close()
+    except (TrtsegError, ImportError) as error:
+        usable = False
+        _lacks(
+            missing,
+            "cpu",
+            f"OpenVINO does not start ({error})",
+            "pip install --force-reinstall openvino",
+        )
+    else:
+        bf16 = _has_bf16()
+    return {"usable": usable, "cores": available_threads(), "bf16": bf16}
+
+
+def _open_cpu(precision: str) -> Backend:
+    from trtseg.backends import open_backend
+
+    return open_backend("cpu", precision=precision)
+
+
+def _has_bf16() -> bool:
+    try:
+        _open_cpu("bf16").close()
+    except TrtsegError:
+        return False
+    return True
+
+
+def _cuda(libraries: dict[str, str | None], missing: list[dict[str, str]]) -> dict[str, Any]:
+    driver, gpus = _driver(missing)
+    before = len(missing)
+    if libraries["tensorrt"] is None and libraries["tensorrt_rtx"] is None:
+        _lacks(missing, "cuda", "TensorRT for RTX, or TensorRT", "pip install tensorrt-rtx")
+    if libraries["pycuda"] is None:
+        _lacks(missing, "cuda", "PyCUDA", "pip install pycuda")
+    return {"usable": bool(gpus) and len(missing) == before, "driver": driver, "gpus": gpus}
+
+
+def _driver(missing: list[dict[str, str]]) -> tuple[str | None, list[dict[str, str]]]:
+    """CUDA version of the driver and the GPUs it sees, asked of the driver's own library.
+
+    PyCUDA is left alone: it fails on import without a driver, and holds a GPU with one.
+    """
+    try:
+        library = _open_driver()
+    except OSError:
+        _lacks(
+            missing,
+            "cuda",
+            f"NVIDIA's driver ({_DRIVER} is not found)",
+            "install the driver of your GPU; on Ubuntu: sudo ubuntu-drivers install",
+        )
+        return None, []
+    version = ctypes.c_int()
+    count = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    started = library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0
+    if not started or count.value == 0:
+        _lacks(missing, "cuda", "an NVIDIA GPU that the driver sees", "nvidia-smi says why")
+    return (
+        f"{version.value // 1000}.{version.value % 1000 // 10}",
+        [_gpu(library, index) for index in range(count.value)] if started else [],
+    )
+
+
+def _open_driver() -> Any:
+    return ctypes.CDLL(_DRIVER)
+
+
+def _gpu(library: Any, index: int) -> dict[str, str]:
+    device = ctypes.c_int()
+    library.cuDeviceGet(ctypes.byref(device), index)
+    name = ctypes.create_string_buffer(256)
+    library.cuDeviceGetName(name, len(name), device)
+    numbers = []
+    for attribute in _CAPABILITY:
+        number = ctypes.c_int()
+        library.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        numbers.append(str(number.value))
+    return {
+        "device": f"cuda:{index}",
+        "name": name.value.decode("utf-8", "replace"),
+        "compute_capability": ".".join(numbers),
+    }
+
+
+# Networks
+
+
+def _models(
+    libraries: dict[str, str | None], missing: list[dict[str, str]]
+) -> list[dict[str, str]]:
+    from trtseg.models import PUBLISHED, list_models
+
+    if libraries["tensorflow"] is None or libraries["onnx"] is None:
+        _lacks(
+            missing,
+            "building networks",
+            "TensorFlow and ONNX, which read and write them",
+            "pip install 'trtseg[build]'",
+        )
+    try:
+        found = list_models()
+    except TrtsegError as error:
+        _lacks(missing, "models", error.found, error.action)
+        return []
+    if PUBLISHED not in [one.name for one in found]:
+        _lacks(
+            missing,
+            "models",
+            "the published weights",
+            "trtseg models pull (offline: trtseg models import DIR)",
+        )
+    return [{"name": one.name, "folder": str(one.folder), "notice": one.notice} for one in found]
+
+
+def _engines(
+    root: Path, models: list[str], loadable: bool, missing: list[dict[str, str]]
+) -> list[dict[str, str]]:
+    built = built_models(root)
+    for name in models:
+        if name not in built:
+            _lacks(missing, "engines", f"built networks of {name}", build_command(name))
+    return [_engine(root, name, loadable, missing) for name in built]
+
+
+def _engine(root: Path, name: str, loadable: bool, missing: list[dict[str, str]]) -> dict[str, str]:
+    from trtseg.pipeline import load_engines
+
+    try:
+        engines = load_engines(name, root)
+        state = "intact"
+        if loadable:
+            backend = _open_cpu("f32")
+            for engine in engines.values():
+                backend.load(engine)
+            backend.close()
+            state = "intact, loads on the CPU"
+    except TrtsegError as error:
+        state = error.found
+        _lacks(missing, "engines", f"sound networks of {name}", error.action)
+    return {"name": name, "folder": str(root / name), "state": state}
+
+
+# For people
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What `gather` found, for people, line by line."""
+    cpu, cuda = found["devices"]["cpu"], found["devices"]["cuda"]
+    bf16 = "with bfloat16" if cpu["bf16"] else "without bfloat16"
+    gpus = [f"{one['device']} {one['name']} ({one['compute_capability']})" for one in cuda["gpus"]]
+    sections = {
+        "versions": _pairs(found["versions"]),
+        "libraries": _pairs({name: one or "-" for name, one in found["libraries"].items()}),
+        "folders": _pairs(found["folders"]),
+        "devices": _pairs(
+            {
+                "cpu": f"{_usable(cpu)}, {cpu['cores']} cores, {bf16}",
+                "cuda": ", ".join([_usable(cuda), *gpus]),
+            }
+        ),
+        "models": _pairs({one["name"]: one["notice"] or "-" for one in found["models"]}),
+        "engines": _pairs({one["name"]: one["state"] for one in found["engines"]}),
+        "missing": [f"for {one['for']}: {one['what']}" + _mend(one) for one in found["missing"]],
+    }
+    shown = []
+    for title, rows in sections.items():
+        shown += [title, *(f"  {row}" for row in rows or ["nothing"])]
+    return shown
+
+
+def _pairs(values: dict[str, str]) -> list[str]:
+    width = max(map(len, values), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in values.items()]
+
+
+def _usable(device: dict[str, Any]) -> str:
+    return "usable" if device["usable"] else "not usable"
+
+
+def _mend(one: dict[str, str]) -> str:
+    return f"; {one['command']}" if one["command"] else ""
