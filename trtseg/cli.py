@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from trtseg import __version__, screen
+from trtseg.bids import LabelsCommand, bids
 from trtseg.errors import (
     EXIT_DEVICE,
     EXIT_INTERRUPTED,
@@ -138,6 +139,9 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+app.command("bids", cls=LabelsCommand)(_command(bids))
 
 
 @app.command()

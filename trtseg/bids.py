@@ -1,0 +1,602 @@
+"""The BIDS-App form: every T2w image of a BIDS dataset, written as BIDS derivatives.
+
+Names and fields follow the BIDS specification, "Derivatives", version `BIDS_VERSION`
+(https://bids-specification.readthedocs.io).
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from trtseg import __version__, screen
+from trtseg.errors import (
+    EXIT_OK,
+    InputError,
+    OutputError,
+    UsageError,
+    worst_exit_code,
+)
+from trtseg.files import atomic_write, atomic_write_json, make_folder
+
+if TYPE_CHECKING:
+    from trtseg.batch import Options, Outcome
+    from trtseg.output import OutputPaths
+    from trtseg.pipeline import Segmenter
+
+#: Version of the specification that is followed.
+BIDS_VERSION = "1.10.1"
+
+DESCRIPTION = "dataset_description.json"
+
+#: What the source dataset is called in BIDS URIs (``bids:raw:sub-01/anat/...``).
+SOURCE = "raw"
+
+#: Files that are written beside the derivatives and that BIDS has no names for.
+IGNORED = ("*_trtseg.json", "*_report.html", "*_report.png")
+
+_PARTICIPANTS = ("--participant-label", "--participant_label")
+_SESSIONS = ("--session-label", "--session_label")
+
+_LABEL = "[0-9A-Za-z+]+"
+_SUBJECT = re.compile(f"sub-({_LABEL})")
+_SESSION = re.compile(f"ses-({_LABEL})")
+_T2W = re.compile(rf"(sub-{_LABEL}(?:_[a-z]+-{_LABEL})*)_T2w\.nii(?:\.gz)?")
+_DOI = re.compile(r"(?:doi:|https?://(?:dx\.)?doi\.org/)?(10\.[0-9]{4,9}/[!-~]+)", re.IGNORECASE)
+
+_README = """\
+# Brain and cortex of fetal T2w scans, by trtseg
+
+BIDS derivatives. Beside each other, for every T2w image of the source dataset:
+
+- `*_label-brain_mask.nii.gz`: brain, 1 inside, 0 outside;
+- `*_label-CGM_mask.nii.gz`: cortical grey matter, 1 inside, 0 outside;
+- `*_dseg.nii.gz`: both in one, with the labels of `dseg.tsv`;
+- `*_trtseg.json`: what they were made of, digests, volumes and checks.
+
+All maps are on the grid of the image they were made from.
+"""
+
+
+# What is asked for
+
+
+class LabelsCommand(TyperCommand):
+    """A command whose label options take several values each, as those of BIDS Apps do."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values; all up to the next option are its own."""
+        return super().parse_args(ctx, _repeat_options(args, {*_PARTICIPANTS, *_SESSIONS}))
+
+
+def _repeat_options(args: Sequence[str], options: set[str]) -> list[str]:
+    repeated: list[str] = []
+    option, values = "", 0
+    for arg in args:
+        if arg in options or arg.startswith("-"):
+            option, values = (arg if arg in options else ""), 0
+        elif option:
+            repeated += [option] if values else []
+            values += 1
+        repeated.append(arg)
+    return repeated
+
+
+def bids(
+    bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="The BIDS dataset.")],
+    out_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT_DIR",
+            help="Folder of the derivatives, such as BIDS_DIR/derivatives/trtseg.",
+        ),
+    ],
+    analysis_level: Annotated[
+        str, typer.Argument(metavar="participant", help="The level of analysis.")
+    ],
+    participant_label: Annotated[
+        list[str] | None,
+        typer.Option(
+            *_PARTICIPANTS,
+            metavar="LABEL...",
+            help="Participants, without sub-; default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    session_label: Annotated[
+        list[str] | None,
+        typer.Option(
+            *_SESSIONS,
+            metavar="LABEL...",
+            help="Sessions, without ses-; default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            "--models",
+            metavar="NAME",
+            help="Model set; default: the published one.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+    ] = "auto",
+    reorient: Annotated[
+        bool,
+        typer.Option(
+            "--reorient",
+            help="Run in RAS+ orientation, so that how a scan is stored does not matter.",
+        ),
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page with pictures and all checks.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave out scans whose results are complete and intact."),
+    ] = False,
+    engines: Annotated[
+        Path | None,
+        typer.Option(
+            "--engines",
+            metavar="DIR",
+            help="Folder of built networks; default: as for segment.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="CPU threads; default: the cores this process may run on.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Print warnings and errors only.")
+    ] = False,
+) -> None:
+    """Segment every T2w image of a BIDS dataset; write BIDS derivatives.
+
+    A BIDS App. Of every sub-*_T2w.nii or .nii.gz in the anat folders of the participants and their
+    sessions it writes masks of the brain and of the cortical grey matter, and a map of both.
+    """
+    from trtseg.backends import check_device
+    from trtseg.batch import Options
+    from trtseg.pipeline import Segmenter
+
+    _check_level(analysis_level)
+    check_device(device)
+    source = read_description(bids_dir)
+    _check_out_dir(bids_dir, out_dir)
+    found = find_t2w(bids_dir, participant_label or (), session_label or ())
+    for line in found.notes:
+        screen.say_warning(line)
+    options = Options(
+        models=models,
+        device=device,
+        threads=threads,
+        save_dseg=True,
+        reorient=reorient,
+        report=report,
+        resume=resume,
+    )
+    with Segmenter(models, engines=engines, device=device, threads=threads) as segmenter:
+        write_dataset(bids_dir, out_dir, source)
+        outcomes = _segment_all(segmenter, found.scans, out_dir, options, quiet=quiet)
+    if len(outcomes) > 1 and not quiet:
+        screen.say_summary(outcomes)
+    code = worst_exit_code([outcome.exit_code for outcome in outcomes])
+    if code != EXIT_OK:
+        raise typer.Exit(code)
+
+
+def _check_level(level: str) -> None:
+    if level == "participant":
+        return
+    none = "; trtseg has no group level" if level == "group" else ""
+    raise UsageError(
+        f"analysis level {level}{none}",
+        expected="participant",
+        action="trtseg bids BIDS_DIR OUT_DIR participant",
+    )
+
+
+def _check_out_dir(bids_dir: Path, out_dir: Path) -> None:
+    """Refuse a folder that holds, or is, somebody else's dataset."""
+    inside = _inside(bids_dir, out_dir)
+    if inside is not None and inside.parts[:1] != ("derivatives",):
+        raise UsageError(
+            f"OUT_DIR {out_dir} is {'BIDS_DIR' if not inside.parts else 'a part of BIDS_DIR'}",
+            expected="a folder outside of the source dataset, or below its derivatives folder",
+            action=f"write to {bids_dir / 'derivatives' / 'trtseg'}",
+        )
+    if os.path.lexists(out_dir / DESCRIPTION) and not _is_ours(out_dir):
+        raise UsageError(
+            f"OUT_DIR {out_dir} holds a dataset that trtseg did not make",
+            expected="a new or empty folder, or derivatives of trtseg",
+            action="choose another OUT_DIR",
+        )
+
+
+def _is_ours(out_dir: Path) -> bool:
+    try:
+        makers = read_description(out_dir).get("GeneratedBy")
+    except InputError:
+        return False
+    return isinstance(makers, list) and any(
+        isinstance(maker, dict) and maker.get("Name") == "trtseg" for maker in makers
+    )
+
+
+def _inside(folder: Path, path: Path) -> Path | None:
+    """Where `path` lies in `folder`; None for outside."""
+    try:
+        return Path(os.path.realpath(path)).relative_to(os.path.realpath(folder))
+    except ValueError:
+        return None
+
+
+# The source dataset
+
+
+@dataclass(frozen=True)
+class T2w:
+    """A T2w image of a BIDS dataset.
+
+    Attributes
+    ----------
+    path : Path
+    source : str
+        Its place in the dataset, with forward slashes.
+    entities : tuple of str
+        Such as ``("sub-01", "rec-svr")``, in the order of its name.
+    """
+
+    path: Path
+    source: str
+    entities: tuple[str, ...]
+
+    @property
+    def uri(self) -> str:
+        """BIDS URI."""
+        return f"bids:{SOURCE}:{self.source}"
+
+    def derived(self, ending: str, *, label: str = "") -> str:
+        """Name of a file derived from it: all of its entities, and `label`, which precedes desc."""
+        entities = list(self.entities)
+        if label:
+            last = len(entities) - entities[-1].startswith("desc-")
+            entities.insert(last, f"label-{label}")
+        return "_".join([*entities, ending])
+
+
+@dataclass(frozen=True)
+class Found:
+    """T2w images to segment, and what a person should know of the rest, a line each."""
+
+    scans: tuple[T2w, ...]
+    notes: tuple[str, ...]
+
+
+def read_description(bids_dir: Path) -> dict[str, Any]:
+    """The dataset_description.json of a dataset.
+
+    Raises
+    ------
+    InputError
+        The file is missing, cannot be read, or holds no JSON object.
+    """
+    path = bids_dir / DESCRIPTION
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror or error}",
+            expected="the file that every BIDS dataset has at its top",
+            action="give the top folder of a BIDS dataset",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: no JSON", expected="a JSON object", action="mend the file"
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{path}: JSON, but no object",
+            expected='an object such as {"Name": ..., "BIDSVersion": ...}',
+            action="mend the file",
+        )
+    return found
+
+
+def find_t2w(bids_dir: Path, participants: Sequence[str], sessions: Sequence[str]) -> Found:
+    """Find ``sub-*/[ses-*/]anat/sub-*_T2w.nii[.gz]``.
+
+    Parameters
+    ----------
+    bids_dir : Path
+    participants, sessions : sequence of str
+        Labels, with or without ``sub-`` and ``ses-``; none for all.
+
+    Returns
+    -------
+    Found
+        Scans in the order of their names.
+
+    Raises
+    ------
+    UsageError
+        A label is unknown.
+    InputError
+        A folder cannot be read, there is no T2w image, or one is there twice.
+    """
+    subjects = _matching(bids_dir, _SUBJECT)
+    subjects = _chosen(subjects, participants, _PARTICIPANTS[0], "sub-")
+    folders = {
+        (subject, session): bids_dir / subject / session / "anat"
+        for subject in subjects
+        for session in ("", *_matching(bids_dir / subject, _SESSION))
+    }
+    known = sorted({session for _, session in folders if session})
+    asked = _chosen(known, sessions, _SESSIONS[0], "ses-") if sessions else ["", *known]
+    scans: list[T2w] = []
+    notes: list[str] = []
+    for (subject, session), folder in folders.items():
+        if session in asked:
+            for path in _children(folder):
+                scan = _parse(bids_dir, path, subject, session)
+                if scan is not None:
+                    scans.append(scan)
+                elif path.name.endswith(("_T2w.nii", "_T2w.nii.gz")):
+                    notes.append(f"{path}: no BIDS name for its place; passed over")
+    if not scans:
+        raise InputError(
+            f"{bids_dir}: no T2w image of the participants and sessions asked for",
+            expected="sub-LABEL/[ses-LABEL/]anat/sub-LABEL[_...]_T2w.nii[.gz]",
+        )
+    _check_twins(scans)
+    with_scans = {scan.entities[0] for scan in scans}
+    notes += [f"{one}: no T2w image to segment" for one in subjects if one not in with_scans]
+    return Found(tuple(scans), tuple(notes))
+
+
+def _matching(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [child.name for child in _children(folder) if pattern.fullmatch(child.name)]
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(
+            f"{folder}: {error.strerror or error}",
+            expected="a folder that can be read",
+            action="check its permissions",
+        ) from error
+
+
+def _chosen(known: list[str], labels: Sequence[str], option: str, prefix: str) -> list[str]:
+    wanted = {prefix + label.removeprefix(prefix) for label in labels}
+    unknown = sorted(wanted - set(known))
+    if unknown:
+        here = " ".join(name.removeprefix(prefix) for name in known) or "none"
+        raise UsageError(
+            f"{option}: {' '.join(unknown)} not in the dataset",
+            expected=f"labels out of: {here}",
+        )
+    return [name for name in known if name in wanted] if wanted else known
+
+
+def _parse(bids_dir: Path, path: Path, subject: str, session: str) -> T2w | None:
+    """The T2w image of that name; None for another file, or a name that belongs elsewhere."""
+    match = _T2W.fullmatch(path.name)
+    if match is None:
+        return None
+    entities = tuple(match[1].split("_"))
+    keys = [entity.partition("-")[0] for entity in (*entities, "label-")]
+    sessions = [entity for entity in entities if entity.startswith("ses-")]
+    if entities[0] != subject or sessions != [session][: bool(session)]:
+        return None
+    if len(set(keys)) < len(keys):
+        return None
+    return T2w(path, path.relative_to(bids_dir).as_posix(), entities)
+
+
+def _check_twins(scans: Sequence[T2w]) -> None:
+    seen: dict[tuple[str, ...], T2w] = {}
+    for scan in scans:
+        twin = seen.setdefault(scan.entities, scan)
+        if twin is not scan:
+            raise InputError(
+                f"{twin.path} and {scan.path.name}: the same image twice",
+                expected="either .nii or .nii.gz",
+                action="remove one of them",
+            )
+
+
+# The derivatives
+
+
+def write_dataset(bids_dir: Path, out_dir: Path, source: dict[str, Any]) -> None:
+    """Write what describes the derivatives as a whole; a README that is there stays as it is.
+
+    Parameters
+    ----------
+    bids_dir, out_dir : Path
+    source : dict
+        From `read_description`.
+
+    Raises
+    ------
+    InputError, OutputError
+        A file cannot be read or written.
+    """
+    from trtseg.sidecar import NOT_A_DEVICE, write_lookup
+
+    make_folder(out_dir)
+    atomic_write_json(out_dir / DESCRIPTION, describe_dataset(bids_dir, out_dir, source))
+    write_lookup(out_dir / "dseg.tsv", "dseg")
+    if not any(child.name.split(".")[0] == "README" for child in _children(out_dir)):
+        with atomic_write(out_dir / "README.md") as stream:
+            stream.write(f"{_README}\n{NOT_A_DEVICE}\n".encode())
+    ignore = out_dir / ".bidsignore"
+    kept = [] if not os.path.lexists(ignore) else _read_lines(ignore)
+    with atomic_write(ignore) as stream:
+        lines = [*kept, *(line.encode() for line in IGNORED if line.encode() not in kept)]
+        stream.write(b"\n".join(lines) + b"\n")
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise OutputError(
+            f"{path}: {error.strerror or error}",
+            expected="a file that can be read, to add lines to it",
+            action="check its permissions",
+        ) from error
+
+
+def describe_dataset(bids_dir: Path, out_dir: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """The dataset_description.json of the derivatives; it holds no path that leads elsewhere.
+
+    The source dataset is linked by its place where the derivatives lie within it (a chain of
+    ``..``); else by its DOI where it gives one; else by the SHA-256 of its description, as the URI
+    of RFC 6920, which names it without saying where it is.
+    """
+    name = _name_of(bids_dir, source)
+    inside = _inside(bids_dir, out_dir)
+    return {
+        "Name": "Brain and cortex of fetal T2w scans",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [
+            {
+                "Name": "trtseg",
+                "Version": __version__,
+                "Description": "Fetal brain and cortex from 3-D T2w MRI by two networks",
+            }
+        ],
+        "SourceDatasets": [{"URL": name}],
+        "DatasetLinks": {SOURCE: name if inside is None else "/".join([".."] * len(inside.parts))},
+    }
+
+
+def _name_of(bids_dir: Path, source: dict[str, Any]) -> str:
+    doi = _DOI.fullmatch(str(source.get("DatasetDOI", "")).strip())
+    if doi:
+        return f"https://doi.org/{doi[1]}"
+    try:
+        digest = hashlib.sha256((bids_dir / DESCRIPTION).read_bytes()).digest()
+    except OSError as error:
+        raise InputError(
+            f"{bids_dir / DESCRIPTION}: {error.strerror or error}",
+            expected="a file that stays there",
+        ) from error
+    return "ni:///sha-256;" + base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def plan(scan: T2w, out_dir: Path, *, report: bool = False) -> OutputPaths:
+    """Where the derivatives of a scan go: ``OUT_DIR/sub-LABEL/[ses-LABEL/]anat``."""
+    from trtseg.output import OutputPaths
+
+    folder = (out_dir / scan.source).parent
+    return OutputPaths(
+        cortex=folder / scan.derived("mask.nii.gz", label="CGM"),
+        brain=folder / scan.derived("mask.nii.gz", label="brain"),
+        cortex_probabilities=None,
+        brain_probabilities=None,
+        sidecar=folder / scan.derived("trtseg.json"),
+        dseg=folder / scan.derived("dseg.nii.gz"),
+        report=folder / scan.derived("report.html") if report else None,
+        picture=folder / scan.derived("report.png") if report else None,
+    )
+
+
+def write_sidecars(scan: T2w, paths: OutputPaths, notice: str) -> None:
+    """Write the BIDS sidecar of each map of a scan.
+
+    `SpatialReference` is the scan itself, for all maps are on its grid; the specification asks for
+    it wherever a name has no ``space``.
+
+    Parameters
+    ----------
+    scan : T2w
+    paths : OutputPaths
+        From `plan`.
+    notice : str
+        What must be said of the weights; may be empty.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be written.
+    """
+    said = f" ({notice})" if notice else ""
+    kinds = {
+        "brain": {"Type": "Brain", "Description": "Brain"},
+        "cortex": {"Type": "ROI", "Description": "Cortical grey matter within the brain"},
+        "dseg": {"Description": "Brain without its cortical grey matter (1), and that (2)"},
+    }
+    maps = paths.maps()
+    for role, fields in kinds.items():
+        name = maps[role].name.removesuffix(".nii.gz") + ".json"
+        content = {
+            **fields,
+            "Description": fields["Description"] + said,
+            "Manual": False,
+            "Sources": [scan.uri],
+            "SpatialReference": scan.uri,
+        }
+        atomic_write_json(maps[role].with_name(name), content)
+
+
+def _segment_all(
+    segmenter: Segmenter, scans: Sequence[T2w], out_dir: Path, options: Options, *, quiet: bool
+) -> list[Outcome]:
+    outcomes = []
+    for scan in scans:
+        outcome = _segment(
+            segmenter, scan, plan(scan, out_dir, report=options.report), options, quiet=quiet
+        )
+        outcomes.append(outcome)
+        screen.say_outcome(outcome, quiet=quiet)
+    return outcomes
+
+
+def _segment(
+    segmenter: Segmenter, scan: T2w, paths: OutputPaths, options: Options, *, quiet: bool
+) -> Outcome:
+    """Segment a scan and write all of its files; an error of it must not stop the others."""
+    from trtseg.batch import process
+
+    with screen.tile_progress(quiet=quiet) as progress:
+        outcome = process(segmenter, scan.path, paths, options, progress=progress)
+    if outcome.status == "failed":
+        return outcome
+    try:
+        # Also for one that was complete before: a run may have ended between the two.
+        write_sidecars(scan, paths, outcome.description["notice"])
+    except OutputError as error:
+        return dataclasses.replace(
+            outcome, status="failed", exit_code=error.exit_code, error=str(error), description={}
+        )
+    return outcome
