@@ -6,12 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 
-.PHONY: demo test check bundle clean help
+.PHONY: demo test check bundle gpu-check clean help
 
 help:
 	@echo "make demo   set up and segment the bundled scan"
 	@echo "make test   set up and run the tests"
 	@echo "make check  set up and run format, lint and type checks"
+	@echo "make gpu-check  on a machine with a GPU: its tests and the latency benchmark"
 	@echo "make bundle one archive that installs on a machine without a network"
 	@echo "make clean  remove environments and build results (not imported weights)"
 
@@ -25,6 +26,9 @@ test: $(VENV)/.test
 
 check: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+gpu-check: $(VENV)/.test
+	$(BIN)/python bench/gpu_check.py
 
 bundle: $(VENV)/.build
 	$(BIN)/python scripts/bundle

@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from trtseg.files import (
     make_folder,
     sha256_bytes,
     sha256_file,
-    umask,
 )
 
 #: Layout of the engine folder and meaning of the manifest; a change makes older builds stale.
@@ -235,12 +234,10 @@ def write_engine(
     """
     final = engine_folder(root, models, net)
     make_folder(final.parent)
+    # Named before it is made, so that an interrupt in between still finds what to remove.
+    staging = final.with_name(f".{net}.{secrets.token_hex(8)}")
     try:
-        staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{net}."))
-    except OSError as error:
-        raise _unwritable(final.parent, error) from error
-    try:
-        staging.chmod(0o777 & ~umask())  # mkdtemp's 0700 would hide it from a shared box's users
+        staging.mkdir()
         for name, content in files.items():
             with atomic_write(staging / name) as stream:
                 stream.write(content)
@@ -279,11 +276,11 @@ def _swap(staging: Path, final: Path) -> None:
         if final.exists():
             final.rename(aside)
         staging.rename(final)
-    except BaseException:  # an interrupt in between must not cost the older build
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:  # an interrupt in between must not cost the older build, nor leave it aside
         if aside.exists() and not final.exists():
             aside.rename(final)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,19 +38,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     OutputError
         The folder cannot be written, or the disk is full.
     """
-    temporary = None
+    # Named before it is made, so that an interrupt in between still finds what to remove.
+    temporary = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}.part"
     try:
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".part"
-        )
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             yield stream
             stream.flush()
-            os.fchmod(stream.fileno(), 0o666 & ~umask())
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        temporary = None
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(
@@ -59,9 +54,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             action="choose another output folder with -o, or make room",
         ) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def atomic_write_json(path: Path, data: Any) -> None:

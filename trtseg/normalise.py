@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
     from trtseg.scan import Scan
 
+#: Least standard deviation, as a part of the mean, that is contrast and not the rounding of the
+#: mean: float64 carries 16 digits, and six of them are to be left for the z-scores.
+_LEAST_CONTRAST = 1e-10
+
 
 def z_score(scan: Scan) -> Scan:
     """Give the scan zero mean and unit variance over ALL its voxels, background included.
@@ -35,7 +39,8 @@ def z_score(scan: Scan) -> Scan:
     Raises
     ------
     InputError
-        A voxel is not finite, or all voxels are equal, so that there is nothing to scale.
+        A voxel is not finite, or all voxels are equal but for rounding, so that there is nothing
+        to scale.
     """
     # Slabs along the first axis keep the float64 copies small beside the scan itself.
     data = scan.data
@@ -49,13 +54,13 @@ def z_score(scan: Scan) -> Scan:
             expected="a finite number in every voxel",
             action="repair or convert the scan again",
         )
-    if constant or variance == 0.0:
+    deviation = float(np.sqrt(variance))
+    if constant or deviation <= _LEAST_CONTRAST * abs(mean):
         raise InputError(
             f"a constant image (every voxel is {mean:g})",
             expected="a scan with some contrast",
             action="check that the right file was given",
         )
-    deviation = float(np.sqrt(variance))
     scores = np.empty(data.shape, np.float32)
     for index in range(data.shape[0]):
         scores[index] = (data[index].astype(np.float64) - mean) / deviation

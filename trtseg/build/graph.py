@@ -2,22 +2,28 @@
 
 The published form takes one input per pathway, named as in ``NetworkSpec.input_sizes()``, float32
 of shape (N, 1, n, n, n), and gives ``logit``, the class difference, float32 (N, out, out, out).
+
+A form in half precision has the same inputs and output: it casts the inputs to float16 first, holds
+its weights and intermediate tensors in float16, and computes the last layer in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trtseg.errors import MissingExtraError
+from trtseg.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from trtseg.architecture import PathwaySpec
     from trtseg.build.freeze import FrozenLayer, FrozenNetwork
 
 #: ONNX operator set: old enough for every runtime in range, new enough for Pad and Slice by input.
@@ -25,46 +31,119 @@ OPSET = 17
 OUTPUT = "logit"
 
 
-def plain(network: FrozenNetwork) -> bytes:
+@dataclass(frozen=True)
+class Operation:
+    """One node of a graph: ``kind`` is ONNX's name of the operator."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GraphContent:
+    """What a serialised graph holds: its operations in order, and its constants by name."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, NDArray[Any]]
+    operations: tuple[Operation, ...]
+
+
+def plain(network: FrozenNetwork, *, batch: int | str = "N", half: bool = False) -> bytes:
     """Build the published form: nearest repeat, concatenate, pad by edge, convolve.
 
     Parameters
     ----------
     network : FrozenNetwork
+    batch : int or str
+        Tiles per run; a word leaves it to be chosen at run time.
+    half : bool
+        Whether to compute in float16; see the module's text.
 
     Returns
     -------
     bytes
-        A serialised ONNX model; the batch axis N is symbolic.
+        A serialised ONNX model.
 
     Raises
     ------
+    EngineError
+        A weight is beyond float16's range.
     MissingExtraError
         onnx is not installed.
     """
     spec = network.spec
-    graph = Graph()
+    graph = Graph(half=half)
     maps = []
     for pathway, layers in zip(spec.pathways, network.pathways, strict=True):
-        side = spec.input_size(pathway)
-        graph.add_input(pathway.name, ("N", 1, side, side, side))
-        features = add_sequence(graph, pathway.name, layers, pathway.name)
-        if pathway.factor > 1:
-            # Gather by an index table repeats and crops in one exact step, whatever the size.
-            table = np.repeat(np.arange(side), pathway.factor)[: spec.out].astype(np.int64)
-            indices = graph.constant(f"{pathway.name}.repeat", table)
-            for axis in (2, 3, 4):
-                features = graph.node("Gather", [features, indices], axis=axis)
-        maps.append(features)
+        features = add_pathway(graph, spec.input_size(pathway), pathway, layers, batch)
+        maps.append(add_repeat(graph, pathway, features, spec.out))
     joined = maps[0] if len(maps) == 1 else graph.node("Concat", maps, axis=1)
     edge = spec.fc_kernel // 2
     if edge:
-        pads = np.array([0, 0, edge, edge, edge, 0, 0, edge, edge, edge], np.int64)
-        joined = graph.node("Pad", [joined, graph.constant("fc.pads", pads)], mode="edge")
-    score = add_sequence(graph, "fc", network.fc, joined)
-    axes = graph.constant("squeeze", np.array([1], np.int64))
-    graph.add_output(OUTPUT, graph.node("Squeeze", [score, axes]))
+        joined = graph.pad_edges("fc", joined, edge)
+    features = add_sequence(graph, "fc", network.fc[:-1], joined)
+    add_score(graph, f"fc.{len(network.fc)}", network.fc[-1], features)
     return graph.serialise()
+
+
+def add_pathway(
+    graph: Graph, side: int, pathway: PathwaySpec, layers: Sequence[FrozenLayer], batch: int | str
+) -> str:
+    """Add a pathway with its input of `side` voxels per axis; gives the name of its features."""
+    values = graph.add_input(pathway.name, (batch, 1, side, side, side))
+    return add_sequence(graph, pathway.name, layers, graph.narrow(values))
+
+
+def add_repeat(graph: Graph, pathway: PathwaySpec, features: str, out: int) -> str:
+    """Repeat a subsampled map by its factor per axis and keep the first `out` voxels."""
+    if pathway.factor == 1:
+        return features
+    # Gather by an index table repeats and crops in one exact step, whatever the size.
+    table = (np.arange(out) // pathway.factor).astype(np.int64)
+    indices = graph.constant(f"{pathway.name}.repeat", table)
+    for axis in (2, 3, 4):
+        features = graph.node("Gather", [features, indices], axis=axis)
+    return features
+
+
+def add_score(graph: Graph, label: str, layer: FrozenLayer, features: str) -> None:
+    """Add the classification layer, in float32, and make its result the graph's output."""
+    values = add_activation(graph, label, layer, graph.widen(features))
+    axes = graph.constant("squeeze", np.array([1], np.int64))
+    if graph.half:
+        # A weighted sum over channels instead of a convolution: runtimes join it with the cast and
+        # the activation, so that the float32 features are never written to memory.
+        weight = graph.constant(f"{label}.weight", layer.weight)
+        weighted = graph.node("Mul", [values, weight])
+        total = graph.node("ReduceSum", [weighted, axes], keepdims=0)
+        bias = graph.constant(f"{label}.bias", layer.bias)
+        score = graph.node("Add", [total, bias])
+    else:
+        score = graph.node("Squeeze", [add_convolution(graph, label, layer, values), axes])
+    graph.add_output(OUTPUT, score)
+
+
+def read_graph(content: bytes) -> GraphContent:
+    """Read a graph that `Graph` serialised, for evaluation outside a runtime library."""
+    onnx = _onnx()
+    graph = onnx.load_from_string(content).graph
+    return GraphContent(
+        inputs=tuple(one.name for one in graph.input),
+        outputs=tuple(one.name for one in graph.output),
+        constants={one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer},
+        operations=tuple(
+            Operation(
+                node.op_type,
+                tuple(node.input),
+                node.output[0],
+                {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute},
+            )
+            for node in graph.node
+        ),
+    )
 
 
 def version() -> str:
@@ -72,27 +151,56 @@ def version() -> str:
     return str(_onnx().__version__)
 
 
-def add_sequence(graph: Graph, name: str, layers: Sequence[FrozenLayer], features: str) -> str:
-    """Add a sequence of layers, residual sums included; gives the name of its result."""
-    before, before_channels, before_kernel = features, layers[0].weight.shape[1], 1
-    for number, layer in enumerate(layers, 1):
+def add_sequence(
+    graph: Graph,
+    name: str,
+    layers: Sequence[FrozenLayer],
+    features: str,
+    *,
+    first: int = 1,
+    before: tuple[str, int] | None = None,
+) -> str:
+    """Add a sequence of layers, residual sums included; gives the name of its result.
+
+    Parameters
+    ----------
+    graph : Graph
+    name : str
+        Stem of the layers' labels.
+    layers : sequence of FrozenLayer
+    features : str
+        What the first of them reads.
+    first : int
+        Number of that layer in its sequence, 1-based.
+    before : (str, int), optional
+        Where layers went before: what the last of those read, cropped to the grid it gave, and the
+        channels of that.
+    """
+    tapped, tapped_channels = before or (features, 0 if not layers else layers[0].weight.shape[1])
+    tapped_kernel = 1
+    for number, layer in enumerate(layers, first):
         label = f"{name}.{number}"
         values = add_activation(graph, label, layer, features)
         channels, channels_in, kernel = layer.weight.shape[:3]
-        operands = [
-            values,
-            graph.constant(f"{label}.weight", layer.weight),
-            graph.constant(f"{label}.bias", layer.bias),
-        ]
-        result = graph.node("Conv", operands, kernel_shape=[kernel] * 3)
+        result = add_convolution(graph, label, layer, values)
         if layer.residual:
             # What two valid convolutions take off per side; the published crop comes to the same.
-            margin = (before_kernel - 1) // 2 + (kernel - 1) // 2
-            tap = graph.crop(label, before, [margin] * 3, [margin] * 3)
-            result = graph.add_to_first(label, result, channels, tap, before_channels, axis=1)
-        before, before_channels, before_kernel = features, channels_in, kernel
+            margin = (tapped_kernel - 1) // 2 + (kernel - 1) // 2
+            tap = graph.crop(label, tapped, [margin] * 3, [margin] * 3)
+            result = graph.add_to_first(label, result, channels, tap, tapped_channels, axis=1)
+        tapped, tapped_channels, tapped_kernel = features, channels_in, kernel
         features = result
     return features
+
+
+def add_convolution(graph: Graph, label: str, layer: FrozenLayer, values: str) -> str:
+    """Add a layer's valid convolution and bias."""
+    operands = [
+        values,
+        graph.constant(f"{label}.weight", layer.weight),
+        graph.constant(f"{label}.bias", layer.bias),
+    ]
+    return graph.node("Conv", operands, kernel_shape=[layer.weight.shape[2]] * 3)
 
 
 def add_activation(
@@ -120,9 +228,18 @@ def add_activation(
 
 
 class Graph:
-    """Collects the nodes, constants, inputs and outputs of one ONNX graph."""
+    """Collects the nodes, constants, inputs and outputs of one ONNX graph.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    half : bool
+        Whether floating-point constants are stored as float16. Inputs are float32 all the same and
+        go through `narrow`; what follows `widen` is float32 again.
+    """
+
+    def __init__(self, *, half: bool = False) -> None:
+        self.half = half
+        self._kind: np.dtype[Any] = np.dtype(np.float16 if half else np.float32)
         self._nodes: list[Any] = []
         self._constants: list[Any] = []
         self._inputs: list[Any] = []
@@ -140,9 +257,23 @@ class Graph:
         self._nodes.append(onnx.helper.make_node("Identity", [value], [name], name))
         self._outputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
 
+    def narrow(self, values: str) -> str:
+        """Cast to float16, in a graph of half precision."""
+        return self._cast(values, "FLOAT16") if self.half else values
+
+    def widen(self, values: str) -> str:
+        """Cast to float32, in a graph of half precision; constants from here on are float32."""
+        self._kind = np.dtype(np.float32)
+        return self._cast(values, "FLOAT") if self.half else values
+
+    def _cast(self, values: str, kind: str) -> str:
+        return self.node("Cast", [values], to=getattr(_onnx().TensorProto, kind))
+
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant; gives its name."""
         onnx = _onnx()
+        if np.issubdtype(value.dtype, np.floating):
+            value = _rounded(name, value, self._kind)
         self._constants.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
@@ -151,6 +282,11 @@ class Graph:
         name = f"{kind.lower()}_{len(self._nodes)}"
         self._nodes.append(_onnx().helper.make_node(kind, inputs, [name], name, **attributes))
         return name
+
+    def pad_edges(self, label: str, values: str, edge: int) -> str:
+        """Repeat the edge voxels of (N, C, i, j, k) maps `edge` times on every side."""
+        pads = np.array([0, 0, edge, edge, edge] * 2, np.int64)
+        return self.node("Pad", [values, self.constant(f"{label}.pads", pads)], mode="edge")
 
     def crop(self, label: str, values: str, before: list[int], after: list[int]) -> str:
         """Take voxels off (1, C, i, j, k) maps, `before` and `after` per axis."""
@@ -191,6 +327,18 @@ class Graph:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString(deterministic=True))
+
+
+def _rounded(name: str, value: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        rounded: NDArray[Any] = value.astype(kind)
+    if not np.isfinite(rounded).all():
+        raise EngineError(
+            f"{name}: a weight of {np.abs(value).max():.3g}",
+            expected=f"at most {np.finfo(kind).max:g}, the range of {kind}",
+            action="use the CPU for this model set: --device cpu",
+        )
+    return rounded
 
 
 def _onnx() -> ModuleType:

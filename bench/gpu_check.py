@@ -1,0 +1,378 @@
+"""What ``make gpu-check`` runs: the GPU tests, then latency, into one JSON under bench/results/.
+
+    python bench/gpu_check.py [--models demo] [--runs 20] [--no-tests] [--json FILE]
+
+Needs an NVIDIA GPU, pycuda, and TensorRT-RTX or TensorRT. With PyTorch installed it also times the
+same networks there (float16, eager and compiled) and the GPU's ceilings (one large matrix product,
+one large copy); without it those figures stay empty, and the file names the command that fills
+them.
+
+The scan is the bundled phantom on 200 x 200 x 180 voxels. Network time is BDN over all of it plus
+CGM in a box of 30 % of it. Not run on a GPU yet; the PyTorch network was compared with trtseg's own
+evaluation on a CPU (bench/torch_network.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtseg import __version__, tiling
+from trtseg.architecture import NETWORKS, NetworkSpec
+from trtseg.backends.tensorrt import TensorRTBackend
+from trtseg.build.builder import build_models
+from trtseg.build.forms import cost, form_graph
+from trtseg.build.freeze import FrozenNetwork
+from trtseg.build.tensorrt import build_gpu_models
+from trtseg.cuda.chain import ChainOutput
+from trtseg.cuda.device import list_gpus
+from trtseg.engine import WEIGHTS, Engine, load_engine
+from trtseg.errors import TrtsegError
+from trtseg.files import atomic_write_json
+from trtseg.gpu_engine import GpuEngine, load_gpu_engine
+from trtseg.home import demo_folder, engines_root
+from trtseg.models import find_models
+from trtseg.nifti import read_scan, scan_from_array, write_labels
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SHAPE = (200, 200, 180)
+FRACTION = 0.3
+TORCH = "pip install torch, then make gpu-check"
+
+
+def main() -> int:
+    """Run everything asked for; the exit code says whether the GPU tests passed."""
+    options = parsed()
+    try:
+        report = measured(options)
+    except TrtsegError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    target = options.json or RESULTS / f"gpu_{report['gpu']['name'].replace(' ', '_')}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(target, report)
+    print(json.dumps(report, indent=2))
+    print(f"written to {target}")
+    tests = report["tests"]
+    return int(tests is not None and (tests["failed"] > 0 or tests["passed"] == 0))
+
+
+def parsed() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", default="demo")
+    parser.add_argument("--runs", type=int, default=20, help="warm runs")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--json", type=Path, help="default bench/results/gpu_<name>.json")
+    return parser.parse_args()
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole report."""
+    gpu = list_gpus()[0]
+    tests = None if options.no_tests else run_tests()
+    compiled, frozen = built(options.models)
+    raw = fitted(read_scan(demo_folder() / "phantom_23w.nii.gz").data, SHAPE)
+    mask = box(SHAPE, FRACTION)
+    latency = latencies(compiled, raw, mask, options.runs)
+    spec = compiled["bdn"].spec
+    tiles = {
+        "bdn": len(tiling.plan_tiles(SHAPE, spec)),
+        "cgm": len(tiling.plan_tiles(SHAPE, compiled["cgm"].spec, mask)),
+    }
+    report = {
+        "gpu": {
+            "name": gpu.name,
+            "compute_capability": "{}.{}".format(*gpu.compute_capability),
+            "memory_bytes": gpu.memory,
+            "driver": driver_version(),
+        },
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "trtseg": __version__,
+        "library": compiled["bdn"].manifest["library"],
+        "form": {net: one.manifest["form"] for net, one in compiled.items()},
+        "models": options.models,
+        "shape": SHAPE,
+        "brain_fraction": float(mask.mean()),
+        "tiles": tiles,
+        "tests": tests,
+        **latency,
+        "files": file_times(raw),
+    }
+    report["torch"] = torch_figures(compiled, frozen, tiles, report["batch"])
+    report["ratios"] = ratios(report, compiled)
+    return report
+
+
+def built(models: str) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:
+    """The compiled networks and what they were compiled from; builds what is missing or stale."""
+    root, chosen = engines_root(), find_models(models)
+    build_models(chosen, root, force=False, report=print)
+    build_gpu_models(chosen, root, report=print)
+    frozen = {net: load_engine(root, models, net) for net in NETWORKS}
+    compiled = {
+        net: load_gpu_engine(root, models, net, frozen_sha256=one.manifest["files"][WEIGHTS])
+        for net, one in frozen.items()
+    }
+    return compiled, frozen
+
+
+def run_tests() -> dict[str, int]:
+    """Numbers of the GPU tests that passed, failed and were skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-s", f"--junitxml={path}", "tests/gpu"]
+        subprocess.run(command, cwd=ROOT, check=False)
+        suite = ET.parse(path).getroot().find("testsuite")
+    assert suite is not None
+    count = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+    return {
+        "passed": count["tests"] - failed - count["skipped"],
+        "failed": failed,
+        "skipped": count["skipped"],
+    }
+
+
+def driver_version() -> str | None:
+    """Version of the driver by nvidia-smi, where that is installed."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+
+
+def fitted(voxels: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any]:
+    """The phantom on a larger grid, reflected at its borders, in Fortran order like a file's."""
+    pads = [((n - m) // 2, n - m - (n - m) // 2) for n, m in zip(shape, voxels.shape, strict=True)]
+    return np.asfortranarray(np.pad(voxels, pads, "reflect"))
+
+
+def box(shape: tuple[int, int, int], fraction: float) -> NDArray[np.bool_]:
+    """A centred box of about that part of the volume."""
+    mask = np.zeros(shape, bool)
+    sides = [round(n * fraction ** (1 / 3)) for n in shape]
+    where = tuple(
+        slice((n - side) // 2, (n - side) // 2 + side) for n, side in zip(shape, sides, strict=True)
+    )
+    mask[where] = True
+    return mask
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came out."""
+    begun = time.perf_counter()
+    result = action()
+    return time.perf_counter() - begun, result
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median, 95th percentile and maximum."""
+    ordered = sorted(seconds)
+    return {
+        "p50": statistics.median(ordered),
+        "p95": ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)],
+        "max": ordered[-1],
+    }
+
+
+def opened(compiled: dict[str, GpuEngine]) -> TensorRTBackend:
+    """A backend with both networks."""
+    backend = TensorRTBackend()
+    for net in NETWORKS:
+        backend.load(compiled[net])
+    return backend
+
+
+def latencies(
+    compiled: dict[str, GpuEngine], raw: NDArray[Any], mask: NDArray[np.bool_], runs: int
+) -> dict[str, Any]:
+    """Starts, and warm runs with and without a given mask, stage by stage."""
+    first_start, backend = timed(lambda: opened(compiled))
+    backend.close()
+    start, backend = timed(lambda: opened(compiled))
+    try:
+        first, _ = timed(lambda: backend.segment_chain(raw))
+        backend.segment_chain(raw, mask=mask)
+        whole = warm(lambda: backend.segment_chain(raw), runs)
+        boxed = warm(lambda: backend.segment_chain(raw, mask=mask), runs)
+        batch = int(backend.description.split("bdn b")[1].split(",")[0])
+        description = backend.description
+    finally:
+        backend.close()
+    network = whole["stages"]["brain"]["p50"] + boxed["stages"]["cortex"]["p50"]
+    return {
+        "backend": description,
+        "batch": batch,
+        "seconds_first_start": first_start,
+        "seconds_start": start,
+        "seconds_first_scan": first,
+        "without_mask": whole,
+        "with_mask": boxed,
+        "seconds_network": network,
+        "voxels_per_second": raw.size / network,
+    }
+
+
+def warm(action: Callable[[], ChainOutput], runs: int) -> dict[str, Any]:
+    """Host seconds of warm runs, and device seconds of their stages."""
+    pairs = [timed(action) for _ in range(runs)]
+    stages = {
+        name: summary([output.times[name] for _, output in pairs]) for name in pairs[0][1].times
+    }
+    return {"runs": runs, "seconds": summary([seconds for seconds, _ in pairs]), "stages": stages}
+
+
+def file_times(raw: NDArray[Any]) -> dict[str, float]:
+    """Seconds to read the scan from a .nii.gz, and to write two label maps."""
+    scan = scan_from_array(raw, np.diag([0.8, 0.8, 0.8, 1.0]))
+    labels = box(SHAPE, FRACTION).astype(np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scan.nii.gz"
+        import nibabel
+
+        nibabel.save(nibabel.Nifti1Image(raw, scan.geometry.affine), path)
+        read, _ = timed(lambda: read_scan(path))
+        write, _ = timed(
+            lambda: [
+                write_labels(Path(folder) / f"{net}.nii.gz", labels, scan.geometry)
+                for net in NETWORKS
+            ]
+        )
+    return {"seconds_read": read, "seconds_write": write}
+
+
+def torch_figures(
+    compiled: dict[str, GpuEngine],
+    frozen: dict[str, Engine],
+    tiles: dict[str, int],
+    batch: int,
+) -> dict[str, Any] | None:
+    """Ceilings of the GPU, and both networks in PyTorch float16 over as many tiles."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    figures: dict[str, Any] = {"version": torch.__version__, **ceilings(torch)}
+    for name in ("eager", "compiled"):
+        seconds = {}
+        for net, engine in frozen.items():
+            per_batch = torch_batch(torch, engine, compiled[net].spec, batch, name == "compiled")
+            seconds[net] = per_batch * math.ceil(tiles[net] / batch)
+        figures[f"seconds_{name}"] = sum(seconds.values())
+        figures[f"seconds_{name}_by_network"] = seconds
+    return figures
+
+
+def fastest(torch: Any, action: Callable[[], Any], repeats: int = 10) -> float:
+    """Seconds of the fastest of some runs, by the GPU's clock, after three to warm up."""
+    for _ in range(3):
+        action()
+    best = math.inf
+    for _ in range(repeats):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        action()
+        ended.record()
+        torch.cuda.synchronize()
+        best = min(best, begun.elapsed_time(ended) * 1e-3)
+    return best
+
+
+def ceilings(torch: Any) -> dict[str, float]:
+    """Rate of one large float16 matrix product, and of one large copy (read plus written)."""
+    side = 8192
+    one, other = (torch.randn(side, side, device="cuda").half() for _ in range(2))
+    product = torch.empty_like(one)
+    seconds = fastest(torch, lambda: torch.mm(one, other, out=product))
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    copied = fastest(torch, lambda: target.copy_(source))
+    return {
+        "operations_per_second": 2 * side**3 / seconds,
+        "bytes_per_second": 2 * source.numel() * source.element_size() / copied,
+    }
+
+
+def torch_batch(
+    torch: Any, engine: Engine, spec: NetworkSpec, batch: int, compile_it: bool
+) -> float:
+    """Seconds of one batch of tiles in the published form, inputs on the GPU already."""
+    from torch_network import TorchNetwork
+
+    weights = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), spec)
+    network = TorchNetwork(form_graph(weights, "plain", batch=batch)).cuda().eval()
+    run = torch.compile(network) if compile_it else network
+    inputs = [
+        torch.randn(batch, 1, side, side, side, device="cuda")
+        for side in spec.input_sizes().values()
+    ]
+    with torch.inference_mode():
+        return fastest(torch, lambda: run(*inputs))
+
+
+def ratios(report: dict[str, Any], compiled: dict[str, GpuEngine]) -> dict[str, Any]:
+    """The figures that the targets are stated in; None where PyTorch was not there to measure."""
+    network = report["seconds_network"]
+    # Either of the two scans holds one of the networks; what is not network counts once, with the
+    # files.
+    whole = report["without_mask"]
+    rest = whole["seconds"]["p50"] - whole["stages"]["brain"]["p50"]
+    rest -= whole["stages"]["cortex"]["p50"]
+    files = sum(report["files"].values())
+    work = {net: cost(one.spec, one.manifest["form"]) for net, one in compiled.items()}
+    operations = sum(2 * work[net].multiply_adds * report["tiles"][net] for net in work)
+    moved = sum(work[net].bytes * report["tiles"][net] for net in work)
+    found: dict[str, Any] = {
+        "operations": operations,
+        "bytes": moved,
+        "operations_per_second": operations / network,
+        "bytes_per_second": moved / network,
+        "end_to_end_to_network": (network + rest + files) / network,
+        "chain_to_network": (network + rest) / network,
+        "network_to_floor": None,
+        "torch_eager_to_network": None,
+        "torch_compiled_to_network": None,
+    }
+    torch = report["torch"]
+    if torch is None:
+        return {**found, "missing": f"network_to_floor and torch_*: {TORCH}"}
+    floor = max(
+        operations / torch["operations_per_second"],
+        moved / torch["bytes_per_second"],
+    )
+    return {
+        **found,
+        "seconds_floor": floor,
+        "network_to_floor": network / floor,
+        "torch_eager_to_network": torch["seconds_eager"] / network,
+        "torch_compiled_to_network": torch["seconds_compiled"] / network,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""A double of TensorRT-RTX and TensorRT that runs on the host double of a device.
+
+An "engine" is JSON that names its tensors and the function that it computes. What a library offers
+is what the module made here has: see `trtseg.backends.tensorrt_library`.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum, IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+from tests.cuda.executors import Function, compute
+from tests.cuda.host_device import HostDevice
+from trtseg.architecture import NetworkSpec
+from trtseg.backends.tensorrt_library import Library
+
+
+class Severity(Enum):
+    ERROR = 1
+    VERBOSE = 4
+
+
+class Logger:
+    """Stands for ILogger; the library's own subclass does the work."""
+
+
+class Strategy(Enum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class Graphs(Enum):
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
+class Validity(Enum):
+    VALID = 0
+    SUBOPTIMAL = 1
+    INVALID = 2
+
+
+class Diagnostics(IntEnum):
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    INSUFFICIENT_GPU_MEMORY = 8
+
+
+class Mode(Enum):
+    INPUT = 1
+    OUTPUT = 2
+
+
+class DataType(Enum):
+    FLOAT = 0
+    HALF = 1
+
+
+class FakeTensorRT:
+    """The library, and what was asked of it.
+
+    Parameters
+    ----------
+    device : HostDevice
+    spec : NetworkSpec
+    functions : dict of str to Function
+        What engines compute, by the name in their JSON.
+    rtx : bool
+        Whether it offers what TensorRT-RTX does (graphs, a cache of kernels, validity), or only
+        what TensorRT 10 does.
+
+    Attributes
+    ----------
+    weights_bytes : int
+        Device memory of an engine, besides its scratch.
+    failures : set of str
+        ``deserialize``, ``context``, ``address``, ``enqueue``: what is to fail.
+    reason : str
+        What is logged on a failure.
+    validity : tuple
+    """
+
+    def __init__(
+        self,
+        device: HostDevice,
+        spec: NetworkSpec,
+        functions: dict[str, Function],
+        *,
+        rtx: bool = True,
+    ) -> None:
+        self.device = device
+        self.spec = spec
+        self.functions = functions
+        self.rtx = rtx
+        self.weights_bytes = 1000
+        self.failures: set[str] = set()
+        self.reason = "a reason"
+        self.validity: tuple[Validity, int] = (Validity.VALID, 0)
+        self.opened: list[int] = []  # batches, in order
+        self.contexts: list[Any] = []
+        self.caches: list[bytes | None] = []  # what each cache was filled with
+        self.logger: Any = None
+
+    @property
+    def library(self) -> Library:
+        name = "tensorrt_rtx" if self.rtx else "tensorrt"
+        return Library(self.module, name, "9.8.7")
+
+    @property
+    def module(self) -> Any:
+        fake = self
+
+        class Runtime(_Runtime):
+            def __init__(self, logger: Any) -> None:
+                fake.logger = logger
+                if "runtime" in fake.failures:
+                    fake.log()
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
+                self.fake = fake
+
+        if self.rtx:
+            Runtime.get_engine_validity = lambda self, content: fake.validity
+        module = SimpleNamespace(
+            ILogger=Logger,
+            Runtime=Runtime,
+            IExecutionContext=_Context,
+            ExecutionContextAllocationStrategy=Strategy,
+            TensorIOMode=Mode,
+            DataType=DataType,
+        )
+        if self.rtx:
+            module.IRuntimeConfig = _Config
+            module.CudaGraphStrategy = Graphs
+            module.EngineValidity = Validity
+            module.EngineInvalidityDiagnostics = Diagnostics
+        return module
+
+    def log(self) -> None:
+        self.logger.log(Severity.VERBOSE, "noise")
+        self.logger.log(Severity.ERROR, self.reason)
+
+    def fails(self, name: str) -> bool:
+        if name in self.failures:
+            self.log()
+        return name in self.failures
+
+
+def engine_bytes(
+    spec: NetworkSpec, batch: int, function: str, *, scratch: int = 4096, **tensors: Any
+) -> bytes:
+    """A serialised engine; `tensors` replaces name to (mode, dtype, shape), None leaves it out."""
+    known = {
+        name: ["INPUT", "FLOAT", [batch, 1, *[n] * 3]] for name, n in spec.input_sizes().items()
+    }
+    known["logit"] = ["OUTPUT", "FLOAT", [batch, *[spec.out] * 3]]
+    chosen = {name: one for name, one in {**known, **tensors}.items() if one is not None}
+    return json.dumps(
+        {"batch": batch, "function": function, "scratch": scratch, "tensors": chosen}
+    ).encode()
+
+
+class _Runtime:
+    fake: FakeTensorRT
+
+    def deserialize_cuda_engine(self, content: bytes) -> Any:
+        assert self.fake.device._active
+        return None if self.fake.fails("deserialize") else _engine(self.fake, json.loads(content))
+
+
+def _engine(fake: FakeTensorRT, data: dict[str, Any]) -> Any:
+    names = list(data["tensors"])
+    fake.opened.append(data["batch"])
+    held = fake.device.allocate(fake.weights_bytes)
+
+    class Engine:
+        num_io_tensors = len(names)
+
+        def get_tensor_name(self, number: int) -> str:
+            return names[number]
+
+        def get_tensor_mode(self, name: str) -> Mode:
+            return Mode[data["tensors"][name][0]]
+
+        def get_tensor_dtype(self, name: str) -> DataType:
+            return DataType[data["tensors"][name][1]]
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return tuple(data["tensors"][name][2])
+
+        def create_execution_context(self, chosen: Any) -> Any:
+            strategy = chosen.strategy if fake.rtx else chosen
+            assert strategy is Strategy.USER_MANAGED
+            if fake.fails("context"):
+                return None
+            context = _Context(fake, data, chosen)
+            fake.contexts.append(context)
+            return context
+
+        def __del__(self) -> None:
+            with fake.device.active():
+                fake.device.free(held)
+
+    if fake.rtx:
+        Engine.create_runtime_config = lambda self: _Config(fake)
+        Engine.device_memory_size_v2 = data["scratch"]
+    else:
+        Engine.device_memory_size = data["scratch"]
+    return Engine()
+
+
+class _Cache:
+    def __init__(self, fake: FakeTensorRT) -> None:
+        self.fake = fake
+        fake.caches.append(None)
+
+    def deserialize(self, content: bytes) -> bool:
+        if content != b"compiled kernels":
+            return False
+        self.fake.caches[-1] = content
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview(b"compiled kernels")
+
+
+class _Config:
+    cuda_graph_strategy: Any = Graphs.DISABLED
+
+    def __init__(self, fake: FakeTensorRT) -> None:
+        self.fake = fake
+        self.strategy = Strategy.STATIC
+        self.cache: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> _Cache:
+        return _Cache(self.fake)
+
+    def set_runtime_cache(self, cache: _Cache) -> bool:
+        self.cache = cache
+        return True
+
+
+class _Context:
+    def __init__(self, fake: FakeTensorRT, data: dict[str, Any], config: Any) -> None:
+        self.fake = fake
+        self.data = data
+        self.config = config
+        self.addresses: dict[str, int] = {}
+        self.bindings = 0
+        if fake.rtx:
+            self.set_device_memory = self._set_device_memory
+
+    def _set_device_memory(self, address: int, size: int) -> None:
+        assert size == self.data["scratch"]
+        self.device_memory = address
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.bindings += 1
+        self.addresses[name] = address
+        return not self.fake.fails("address")
+
+    def execute_async_v3(self, stream: int) -> bool:
+        fake = self.fake
+        assert stream == fake.device.stream
+        assert self.device_memory
+        if fake.fails("enqueue"):
+            return False
+        function = fake.functions[self.data["function"]]
+        addresses = dict(self.addresses)
+        fake.device.submit(lambda: compute(function, fake.spec, self.data["batch"], addresses))
+        return True

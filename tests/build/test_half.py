@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.build.networks import (
+    ARCHITECTURES,
+    TINY,
+    probability,
+    random_inputs,
+    random_variables,
+    run_graph,
+)
+from tests.golden import golden_scan, read_golden
+from trtseg import tiling
+from trtseg.architecture import NetworkSpec
+from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.build.forms import FORMS, form_graph
+from trtseg.build.freeze import FrozenNetwork, freeze
+from trtseg.build.graph import Graph, plain
+from trtseg.build.half import LARGEST_HALF, Evaluator, HalfNetwork
+from trtseg.build.parts import parts
+from trtseg.engine import load_engine
+from trtseg.nifti import read_scan
+from trtseg.normalise import z_score
+
+
+def half_graph(shape: tuple[int, ...]) -> tuple[Graph, str]:
+    graph = Graph(half=True)
+    return graph, graph.narrow(graph.add_input("x", shape))
+
+
+def run_half(graph: Graph, result: str, x: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    graph.add_output("y", graph.widen(result))
+    evaluation = Evaluator(graph.serialise()).run({"x": x.astype(np.float32)})
+    assert evaluation.result.dtype == np.float32
+    return evaluation.result, dict(evaluation.largest)
+
+
+def test_inputs_are_rounded_to_nearest_ties_to_even() -> None:
+    graph, x = half_graph((6,))
+    result, largest = run_half(graph, x, np.array([0.1, 2049, 2051, -65519, 65520, 1e-8]))
+    assert result.tolist() == [0.0999755859375, 2048, 2052, -65504, np.inf, 0]
+    assert list(largest.values()) == [65520.0]
+
+
+def test_every_operation_rounds_its_result() -> None:
+    graph, x = half_graph((1,))
+    one = graph.constant("one", np.ones(1))
+    total = graph.node("Add", [graph.node("Add", [x, one]), one])
+    result, _ = run_half(graph, total, np.array([2048.0]))
+    assert result.tolist() == [2048]
+
+
+def test_a_convolution_rounds_its_sum_once() -> None:
+    graph, x = half_graph((1, 3, 1, 1, 1))
+    weight = graph.constant("w", np.ones((1, 3, 1, 1, 1)))
+    bias = graph.constant("b", np.zeros(1))
+    result, _ = run_half(
+        graph,
+        graph.node("Conv", [x, weight, bias], kernel_shape=[1, 1, 1]),
+        np.array([2048.0, 1, 1]).reshape(1, 3, 1, 1, 1),
+    )
+    assert result.tolist() == [[[[[2050]]]]]
+
+
+def test_what_leaves_the_range_is_infinite_and_told() -> None:
+    graph, x = half_graph((2,))
+    result, largest = run_half(graph, graph.node("Mul", [x, x]), np.array([-300.0, 2.0]))
+    assert result.tolist() == [np.inf, 4]
+    assert max(largest.values()) == 90000.0 > LARGEST_HALF
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spec", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_float32_graph_gives_what_openvino_does(spec: NetworkSpec, form: str) -> None:
+    frozen = freeze(random_variables(spec, seed=4), spec)
+    inputs = random_inputs(spec, seed=4)
+    evaluation = Evaluator(form_graph(frozen, form, half=False)).run(
+        {name: tile[None] for name, tile in inputs.items()}
+    )
+    expected = run_graph(plain(frozen), inputs)
+    np.testing.assert_allclose(evaluation.result[0], expected, rtol=0, atol=1e-5)
+    assert evaluation.largest == {}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_is_near_float32_but_not_it(form: str) -> None:
+    frozen = freeze(random_variables(TINY, seed=4), TINY)
+    inputs = {name: tile[None] for name, tile in random_inputs(TINY, seed=4).items()}
+    exact, rounded = (
+        Evaluator(form_graph(frozen, form, half=half)).run(inputs) for half in (False, True)
+    )
+    difference = np.abs(probability(exact.result) - probability(rounded.result)).max()
+    assert 1e-5 < difference < 5e-3
+    # One entry per rounded tensor; z-scores of the input among them.
+    assert min(rounded.largest.values()) > 0.1
+    assert 3 < max(rounded.largest.values()) < 100
+
+
+def test_a_batch_is_each_of_its_tiles() -> None:
+    frozen = freeze(random_variables(TINY, seed=4), TINY)
+    evaluator = Evaluator(form_graph(frozen, "transposed8"))
+    tiles = [random_inputs(TINY, seed=seed) for seed in (1, 2)]
+    both = evaluator.run({name: np.stack([t[name] for t in tiles]) for name in tiles[0]}).result
+    for row, tile in zip(both, tiles, strict=True):
+        alone = evaluator.run({name: one[None] for name, one in tile.items()}).result[0]
+        np.testing.assert_allclose(row, alone, rtol=0, atol=1e-6)
+
+
+def test_a_volume_is_stitched_as_every_backend_does() -> None:
+    frozen = freeze(random_variables(TINY, seed=4), TINY)
+    volume = np.random.default_rng(0).standard_normal((17, 9, 12)).astype(np.float32)
+    plan = tiling.plan_tiles(volume.shape, TINY)
+    told: list[int] = []
+    network = HalfNetwork(TINY, form_graph(frozen, "plain", half=False))
+    output = network.run(volume, plan, probabilities=True, progress=told.append)
+    expected = (
+        OpenVINOBackend(threads=1)
+        .compile(TINY, parts(frozen))
+        .run(volume, plan, probabilities=True)
+    )
+    assert output.probabilities is not None
+    assert expected.probabilities is not None
+    np.testing.assert_allclose(output.probabilities, expected.probabilities, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(output.labels, expected.labels)
+    assert 0 < output.labels.sum() < output.labels.size
+    assert sum(told) == len(plan) == 12
+    assert network.run(volume, plan).probabilities is None
+
+
+@pytest.mark.parametrize("net", ["bdn", "cgm"])
+def test_one_golden_tile_with_trained_weights(net: str, engines_root: Path) -> None:
+    engine = load_engine(engines_root, "demo", net)
+    frozen = FrozenNetwork.from_bytes(engine.file("weights.npz").read_bytes(), engine.spec)
+    volume = z_score(read_scan(golden_scan("chain_crop"))).data
+    plan = tiling.plan_tiles(volume.shape, engine.spec)
+    # A tile's voxels that no later tile overwrites.
+    start, box = plan.starts[20:21], plan.boxes[20]
+    network = HalfNetwork(engine.spec, form_graph(frozen, "transposed8"))
+    logits = network.tile_logits(tiling.gather(tiling.pad(volume, plan), start, engine.spec))
+    labels = logits[tuple(slice(a, b) for a, b in box - start[0][:, None])] > 0
+    where = tuple(slice(a, b) for a, b in box)
+    expected = read_golden("chain_crop", {"bdn": "brain_", "cgm": "cgm_"}[net]).labels[where] > 0
+    brain = read_golden("chain_crop", "brain_").labels[where] > 0
+    assert brain.sum() == 21253
+    assert (labels == expected)[brain].mean() >= 0.9995
+    labels &= brain
+    assert 2 * (labels & expected).sum() / (labels.sum() + expected.sum()) >= 0.999
+    assert 10 < network.largest < LARGEST_HALF / 100

@@ -1,0 +1,251 @@
+"""Half precision evaluated on the CPU: float16 at every point where a GPU engine may round to it.
+
+The graph that an engine is compiled from is evaluated operation by operation: sums run in float32,
+and every operation's result is rounded to the type the graph gives it (to nearest, ties to even).
+A library that joins operations keeps what lies between them in float32, so that an engine rounds at
+some of these points; what the evaluation shows is the most that rounding does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trtseg import tiling
+from trtseg.backends.base import NetworkOutput, logistic
+from trtseg.build.graph import read_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from trtseg.architecture import NetworkSpec
+    from trtseg.backends.base import Progress
+    from trtseg.build.graph import Operation
+    from trtseg.tiling import TilePlan
+
+    Array = NDArray[Any]
+
+#: Largest finite number in float16 (IEEE 754 binary16).
+LARGEST_HALF = 65504.0
+
+#: ONNX's number of the type float16, as the operator Cast names it.
+_FLOAT16 = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a graph gives.
+
+    Attributes
+    ----------
+    result : ndarray
+        The graph's output.
+    largest : mapping of str to float
+        Operation's result to its largest absolute value before rounding, for float16 results.
+    """
+
+    result: NDArray[np.float32]
+    largest: Mapping[str, float]
+
+
+class Evaluator:
+    """Evaluates one graph that `trtseg.build.graph.Graph` wrote.
+
+    Parameters
+    ----------
+    content : bytes
+        A serialised ONNX model of the operators trtseg uses.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._graph = read_graph(content)
+        self._last_use = {
+            name: number
+            for number, operation in enumerate(self._graph.operations)
+            for name in operation.inputs
+        }
+
+    def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> Evaluation:
+        """Evaluate the graph.
+
+        Parameters
+        ----------
+        inputs : mapping of str to ndarray, float32
+            By the graph's input names.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities, as on a GPU
+            return self._run({**self._graph.constants, **inputs})
+
+    def _run(self, values: dict[str, Array]) -> Evaluation:
+        largest = {}
+        for number, operation in enumerate(self._graph.operations):
+            operands = [values[name] for name in operation.inputs]
+            result = _OPERATIONS[operation.kind](operation, operands)
+            if result.dtype == np.float32 and _is_half(operation, operands):
+                largest[operation.output] = float(np.abs(result).max())
+                result = result.astype(np.float16)
+            values[operation.output] = result
+            for name in operation.inputs:
+                if self._last_use[name] == number:
+                    values.pop(name, None)
+        (output,) = self._graph.outputs
+        return Evaluation(values[output], largest)
+
+
+class HalfNetwork:
+    """A graph form run over volumes tile by tile; see `trtseg.backends.base.Network`.
+
+    Parameters
+    ----------
+    spec : NetworkSpec
+    content : bytes
+        The graph, of any batch.
+
+    Attributes
+    ----------
+    largest : float
+        Largest absolute value of a float16 tensor so far, before rounding.
+    """
+
+    def __init__(self, spec: NetworkSpec, content: bytes) -> None:
+        self.spec = spec
+        self.largest = 0.0
+        self._evaluator = Evaluator(content)
+
+    def run(
+        self,
+        volume: NDArray[np.float32],
+        plan: TilePlan,
+        *,
+        probabilities: bool = False,
+        progress: Progress | None = None,
+    ) -> NetworkOutput:
+        """Run the planned tiles over a z-scored volume of shape ``plan.shape``."""
+        padded = tiling.pad(volume, plan)
+        labels = np.zeros(plan.shape, np.uint8)
+        maps = np.zeros(plan.shape, np.float32) if probabilities else None
+        for starts in plan.batches(1):
+            logits = self.tile_logits(tiling.gather(padded, starts, self.spec))
+            tiling.stitch(labels, starts[0], logits > 0)
+            if maps is not None:
+                tiling.stitch(maps, starts[0], logistic(logits))
+            if progress is not None:
+                progress(1)
+        return NetworkOutput(labels, maps)
+
+    def tile_logits(self, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Class difference of one tile, float32 (out, out, out); inputs are (1, 1, n, n, n)."""
+        evaluation = self._evaluator.run(inputs)
+        # What overflows may turn to NaN later on; the overflow itself is a number.
+        self.largest = float(np.fmax.reduce([self.largest, *evaluation.largest.values()]))
+        result: NDArray[np.float32] = evaluation.result[0]
+        return result
+
+
+def _is_half(operation: Operation, operands: list[Array]) -> bool:
+    """Whether the graph types the operation's result as float16."""
+    if operation.kind == "Cast":
+        return bool(operation.attributes["to"] == _FLOAT16)
+    return bool(operands[0].dtype == np.float16)
+
+
+def _wide(operands: Sequence[Array]) -> list[Array]:
+    return [operand.astype(np.float32, copy=False) for operand in operands]
+
+
+def _convolve(_: Operation, operands: list[Array]) -> Array:
+    values, weight, bias = _wide(operands)
+    return _correlate(values, weight) + bias[:, None, None, None]
+
+
+def _correlate(values: Array, weight: Array) -> Array:
+    """Valid cross-correlation: (N, C, i, j, k) with (out, C, a, b, c)."""
+    kernel = weight.shape[2:]
+    matrix = weight.reshape(len(weight), -1)
+    side = [n - k + 1 for n, k in zip(values.shape[2:], kernel, strict=True)]
+    result = np.empty((len(values), len(weight), *side), np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(values, kernel, axis=(2, 3, 4))
+    for tile, plane in np.ndindex(len(values), side[0]):
+        # (C, j, k, taps) to (C * taps, j * k): one product with the matrix of all taps.
+        columns = windows[tile, :, plane].transpose(0, 3, 4, 5, 1, 2).reshape(matrix.shape[1], -1)
+        result[tile, :, plane] = (matrix @ columns).reshape(len(weight), *side[1:])
+    return result
+
+
+def _convolve_transposed(operation: Operation, operands: list[Array]) -> Array:
+    values, weight = _wide(operands)
+    (factor, _, _), pads = (operation.attributes[name] for name in ("strides", "pads"))
+    side, cells = weight.shape[2:], values.shape[2:]
+    whole = [(n - 1) * factor + k for n, k in zip(cells, side, strict=True)]
+    result = np.empty((len(values), weight.shape[1], *whole), np.float32)
+    outer = (slice(None), slice(None))
+    # Every phase of the result is a convolution of its own, with each factor-th tap.
+    for phase in np.ndindex(factor, factor, factor):
+        every = tuple(slice(p, None, factor) for p in phase)
+        taps = weight[outer + every].swapaxes(0, 1)[:, :, ::-1, ::-1, ::-1]
+        around = [(0, 0), (0, 0), *((k - 1, k - 1) for k in taps.shape[2:])]
+        part = _correlate(np.pad(values, around), np.ascontiguousarray(taps))
+        result[outer + every] = part
+    inside = tuple(slice(pads[axis], whole[axis] - pads[axis + 3]) for axis in range(3))
+    return np.ascontiguousarray(result[outer + inside])
+
+
+def _parametric_relu(_: Operation, operands: list[Array]) -> Array:
+    values, slope = _wide(operands)
+    return np.where(values < 0, values * slope, values)
+
+
+def _multiply(_: Operation, operands: list[Array]) -> Array:
+    first, second = _wide(operands)
+    return np.asarray(first * second)
+
+
+def _add(_: Operation, operands: list[Array]) -> Array:
+    first, second = _wide(operands)
+    return np.asarray(first + second)
+
+
+def _sum(operation: Operation, operands: list[Array]) -> Array:
+    values, axes = operands
+    keep = bool(operation.attributes["keepdims"])
+    return np.asarray(_wide([values])[0].sum(axis=tuple(axes.tolist()), keepdims=keep))
+
+
+def _pad(operation: Operation, operands: list[Array]) -> Array:
+    values, pads = operands
+    widths = list(zip(*pads.reshape(2, -1).tolist(), strict=True))
+    if operation.attributes["mode"] == b"edge":
+        return np.pad(values, widths, "edge")
+    return np.pad(values, widths)
+
+
+def _slice(_: Operation, operands: list[Array]) -> Array:
+    values, starts, ends, axes = operands
+    where = [slice(None)] * values.ndim
+    for start, end, axis in zip(starts.tolist(), ends.tolist(), axes.tolist(), strict=True):
+        where[axis] = slice(start, end)
+    return values[tuple(where)]
+
+
+#: What each operator computes, in float32 where it computes at all.
+_OPERATIONS: dict[str, Callable[[Operation, list[Array]], Array]] = {
+    "Add": _add,
+    "Cast": lambda _, operands: operands[0].astype(np.float32),
+    "Concat": lambda operation, operands: np.concatenate(operands, operation.attributes["axis"]),
+    "Conv": _convolve,
+    "ConvTranspose": _convolve_transposed,
+    "Gather": lambda operation, operands: operands[0].take(
+        operands[1], axis=operation.attributes["axis"]
+    ),
+    "Identity": lambda _, operands: operands[0],
+    "Mul": _multiply,
+    "PRelu": _parametric_relu,
+    "Pad": _pad,
+    "ReduceSum": _sum,
+    "Slice": _slice,
+    "Squeeze": lambda _, operands: operands[0].squeeze(tuple(operands[1].tolist())),
+}

@@ -1,0 +1,526 @@
+"""Frozen weights -> GPU engines: compiled by TensorRT-RTX, or by TensorRT 10 or 11.
+
+One builder for all of them: what differs is asked of the library by name (see
+`trtseg.backends.tensorrt_library`). TensorRT-RTX compiles with no GPU present, for every GPU it
+supports, and leaves the choice of kernels to the first run; TensorRT times kernels on the GPU it
+compiles on, for GPUs like that one. Engines of TensorRT-RTX were compiled by this code but not run
+on a GPU yet; with TensorRT 10 and 11 it has not been run at all.
+
+Engines compute in float16 with float32 sums, and their last layer in float32. What that costs is
+evaluated on the CPU at build time, on the tile that the self-test will run (see
+`trtseg.build.half`), and stored with the engine.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trtseg import __version__, tiling
+from trtseg.architecture import NETWORKS
+from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.backends.openvino import version as openvino_version
+from trtseg.backends.tensorrt_library import Messages, open_library
+from trtseg.build import graph
+from trtseg.build.forms import check_form, default_form, form_graph
+from trtseg.build.freeze import FrozenNetwork
+from trtseg.build.half import LARGEST_HALF, HalfNetwork
+from trtseg.cuda.compile import compile_kernels, find_compiler, kernel_source
+from trtseg.engine import WEIGHTS, build_lock, load_engine
+from trtseg.errors import DeviceError, EngineError, UsageError
+from trtseg.files import sha256_bytes
+from trtseg.gpu_engine import (
+    ANSWER,
+    BATCHES,
+    SELFTEST,
+    cache_key,
+    engine_file,
+    load_gpu_engine,
+    write_gpu_engine,
+)
+from trtseg.home import demo_folder
+from trtseg.nifti import read_scan
+from trtseg.normalise import z_score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from trtseg.architecture import NetworkSpec
+    from trtseg.backends.tensorrt_library import Library
+    from trtseg.cuda.compile import Compiler
+    from trtseg.engine import Engine
+    from trtseg.gpu_engine import GpuEngine
+    from trtseg.models import ModelSet
+
+    #: Called with a line that says what is being done.
+    Report = Callable[[str], None]
+
+PRECISION = "float16, last layer float32"
+
+#: GPUs that an engine of TensorRT-RTX runs on where none are named: these and later ones (NVIDIA's
+#: documentation, "CPU-Only AOT and TensorRT-RTX Engines"). Turing, 7.5, must be named.
+PORTABLE = ("8.0", "8.6", "8.9", "12.0")
+
+#: Device memory that the builder may use for any one layer. TensorRT-RTX treats a whole network as
+#: one layer, whose tensors lie in it: 820 MB at a batch of 16.
+WORKSPACE_BYTES = 4 << 30
+
+#: An engine's logits in the self-test may differ from float32 by this many times what rounding to
+#: float16 at every operation does on the CPU; kernels sum in another order and round elsewhere.
+_SLACK = 4.0
+
+#: And by this much besides (in logits; as a part of the labels), should rounding do nothing there.
+_FLOOR = 1e-3
+
+
+_PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialised engine and how it came to be.
+
+    Attributes
+    ----------
+    content : bytes
+    seconds : float
+        Compile time.
+    messages : Messages
+        All that the library logged; `layer_report` reads it.
+    """
+
+    content: bytes
+    seconds: float
+    messages: Messages
+
+
+def build_gpu_models(
+    models: ModelSet,
+    root: Path,
+    *,
+    library: str | None = None,
+    batches: Sequence[int] = BATCHES,
+    form: str | None = None,
+    compute_capabilities: Sequence[str] = (),
+    force: bool = False,
+    report: Report | None = None,
+    compiler: Compiler | None = None,
+) -> list[GpuEngine]:
+    """Compile both networks of a model set for GPUs, from their build under ``root/<models>/``.
+
+    Parameters
+    ----------
+    models : ModelSet
+    root : Path
+        The engines folder; the model set must be built there (`trtseg.build.builder`).
+    library : str, optional
+        ``tensorrt_rtx`` or ``tensorrt``; default the first that is installed.
+    batches : sequence of int
+        Tiles per run; one engine each.
+    form : str, optional
+        One of `trtseg.build.forms.FORMS`; default what that module estimates to be fastest.
+    compute_capabilities : sequence of str
+        GPUs to compile for, such as ``"7.5"``, where the library compiles without a GPU; default
+        `PORTABLE` and later ones.
+    force : bool
+        Compile even where an intact engine of the same recipe is there already.
+    report : callable, optional
+        Told of each step.
+    compiler : trtseg.cuda.compile.Compiler, optional
+        What compiles trtseg's own kernels; default `find_compiler()`.
+
+    Returns
+    -------
+    list of GpuEngine
+        BDN, CGM.
+
+    Raises
+    ------
+    UsageError
+        A form, library, batch or compute capability that does not exist.
+    DeviceError
+        The library is not installed, or needs a GPU that is not there.
+    EngineError
+        The build it starts from is missing, stale or damaged; the library refuses the network; or
+        the network leaves float16's range.
+    MissingExtraError
+        onnx or a compiler for the kernels is not installed.
+    OutputError
+        The folder cannot be written.
+    """
+    say = report or (lambda _: None)
+    if not batches or min(batches) < 1 or len(set(batches)) != len(batches):
+        raise UsageError(f"batches {list(batches)}", expected="different numbers of at least 1")
+    if form is not None:
+        check_form(form)
+    opened = open_library(library)
+    targets = _targets(opened, compute_capabilities)
+    plan = _Plan(opened, tuple(sorted(batches)), form, targets, _Kernels(compiler))
+    with build_lock(root, models.name):
+        return [
+            _build(
+                load_engine(root, models.name, net, checkpoint=models.digests(net)),
+                root,
+                plan,
+                force,
+                say,
+            )
+            for net in NETWORKS
+        ]
+
+
+class _Kernels:
+    """trtseg's own kernels, which are the same for both networks and compiled when first needed."""
+
+    def __init__(self, compiler: Compiler | None) -> None:
+        self._compiler = compiler or find_compiler()
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """What they follow from."""
+        return {
+            "compiler": self._compiler.name,
+            "source_sha256": sha256_bytes(kernel_source().encode()),
+        }
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """File name to content."""
+        return compile_kernels(self._compiler)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Compute capabilities: what the library is told, and what the manifest says."""
+
+    named: tuple[str, ...]
+    listed: tuple[str, ...]
+    later_than: str | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be compiled, whatever the network."""
+
+    library: Library
+    batches: tuple[int, ...]
+    form: str | None
+    targets: _Targets
+    kernels: _Kernels
+
+
+def _targets(library: Library, wanted: Sequence[str]) -> _Targets:
+    if library.compiles_without_gpu:
+        for one in wanted:
+            library.flag("ComputeCapability", _capability_name(one))
+        if wanted:
+            return _Targets(tuple(wanted), tuple(wanted), None)
+        return _Targets((), PORTABLE, PORTABLE[-1])
+    if wanted:
+        raise UsageError(
+            f"compute capability {', '.join(wanted)} with {library.name}",
+            expected="none: it compiles for the GPU of the machine it runs on",
+        )
+    from trtseg.cuda.device import list_gpus
+
+    major, minor = list_gpus()[0].compute_capability
+    return _Targets((), (f"{major}.{minor}",), None)
+
+
+def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) -> GpuEngine:
+    spec, name = engine.spec, engine.net.upper()
+    frozen_sha256 = engine.manifest["files"][WEIGHTS]
+    form = plan.form or default_form(spec)
+    recipe = _recipe(engine, plan, form)
+    if not force:
+        try:
+            there = load_gpu_engine(root, engine.models, engine.net, frozen_sha256=frozen_sha256)
+        except EngineError:
+            pass  # missing, stale, damaged or foreign: all are mended by compiling
+        else:
+            if there.manifest["cache_key"] == cache_key(recipe):
+                return there
+    network = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), spec)
+    say(f"{name}: evaluating float16 rounding on the CPU")
+    selftest, evidence = _selftest(engine, network, form)
+    files = {SELFTEST: selftest, **plan.kernels.files}
+    seconds = {}
+    for batch in plan.batches:
+        say(f"{name}: compiling for {batch} tile{'s' * (batch > 1)} at a time")
+        built = build_engine(
+            plan.library,
+            form_graph(network, form, batch=batch),
+            compute_capabilities=plan.targets.named,
+            report=_paced(lambda phase, part: say(f"{name}: {phase}, {part:.0%}")),
+        )
+        files[engine_file(batch)] = built.content
+        seconds[str(batch)] = round(built.seconds, 3)
+    return write_gpu_engine(
+        root,
+        engine.models,
+        engine.net,
+        spec=spec,
+        files=files,
+        facts={
+            "recipe": recipe,
+            "checkpoint": engine.manifest["checkpoint"],
+            "library": {"name": plan.library.name, "version": plan.library.version},
+            "compute_capabilities": plan.targets.listed,
+            "later_than": plan.targets.later_than,
+            "batches": plan.batches,
+            "form": form,
+            "precision": PRECISION,
+            "selftest": {
+                "labels_equal": _labels_limit(evidence),
+                "largest_difference": _SLACK * evidence["largest_difference"] + _FLOOR,
+            },
+            "float16_on_cpu": evidence,
+            "notice": engine.notice,
+            "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "compile_seconds": seconds,
+            "versions": {
+                "trtseg": __version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "onnx": graph.version(),
+                "openvino": openvino_version(),
+            },
+        },
+    )
+
+
+def _paced(report: Callable[[str, float], None]) -> Callable[[str, float], None]:
+    """Pass on a report of progress every few seconds, and none of a build that is quick."""
+    last = time.monotonic()
+
+    def tell(phase: str, part: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            report(phase, part)
+
+    return tell
+
+
+def _recipe(engine: Engine, plan: _Plan, form: str) -> dict[str, Any]:
+    """All that the files follow from: the same recipe makes the same network."""
+    return {
+        "trtseg": __version__,
+        "architecture": engine.spec.to_dict(),
+        "checkpoint": engine.manifest["checkpoint"],
+        "frozen_sha256": engine.manifest["files"][WEIGHTS],
+        "library": [plan.library.name, plan.library.version],
+        "precision": PRECISION,
+        "form": form,
+        "batches": list(plan.batches),
+        "compute_capabilities": list(plan.targets.listed),
+        "later_than": plan.targets.later_than,
+        "workspace_bytes": WORKSPACE_BYTES,
+        "kernels": plan.kernels.recipe,
+    }
+
+
+def _selftest(engine: Engine, network: FrozenNetwork, form: str) -> tuple[bytes, dict[str, float]]:
+    """The self-test's file, and what float16 does to its tile on the CPU."""
+    spec = engine.spec
+    inputs = _demo_tile(spec)
+    answer = OpenVINOBackend().load(engine).tile_logits(inputs)
+    half = HalfNetwork(spec, form_graph(network, form, batch=1))
+    rounded = half.tile_logits(inputs)
+    if not np.isfinite(rounded).all() or half.largest > LARGEST_HALF:
+        raise EngineError(
+            f"{engine.models} {engine.net.upper()}: an activation reaches {half.largest:.3g}",
+            expected=f"at most {LARGEST_HALF:g}, the range of float16",
+            action="run this model set on the CPU: --device cpu",
+        )
+    evidence = {
+        "labels_equal": float(((rounded > 0) == (answer > 0)).mean()),
+        "largest_difference": float(np.abs(rounded - answer).max()),
+        "largest_activation": half.largest,
+    }
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **inputs, **{ANSWER: answer})
+    return stream.getvalue(), evidence
+
+
+def _labels_limit(evidence: dict[str, float]) -> float:
+    """Part of the labels that must agree in the self-test."""
+    return max(0.0, 1.0 - _SLACK * (1.0 - evidence["labels_equal"]) - _FLOOR)
+
+
+def _demo_tile(spec: NetworkSpec) -> dict[str, NDArray[np.float32]]:
+    """Inputs of the tile nearest the centre of the bundled phantom, each (1, 1, n, n, n)."""
+    scan = z_score(read_scan(demo_folder() / "phantom_23w.nii.gz"))
+    plan = tiling.plan_tiles(scan.shape, spec)
+    centre = (np.array(plan.padded_shape) - spec.tile) / 2
+    nearest = int(np.abs(plan.starts - centre).sum(axis=1).argmin())
+    return tiling.gather(tiling.pad(scan.data, plan), plan.starts[nearest : nearest + 1], spec)
+
+
+def build_engine(
+    library: Library,
+    onnx: bytes,
+    *,
+    compute_capabilities: Sequence[str] = (),
+    detailed: bool = False,
+    report: Callable[[str, float], None] | None = None,
+) -> BuiltEngine:
+    """Compile one graph of fixed shapes.
+
+    Parameters
+    ----------
+    library : Library
+    onnx : bytes
+        From `trtseg.build.forms.form_graph` with a number as its batch.
+    compute_capabilities : sequence of str
+        GPUs to compile for, where the library compiles without one; default its own choice.
+    detailed : bool
+        Whether the engine tells of each of its layers, which costs a little at every run.
+    report : callable, optional
+        Told of the phase and the part of it that is done, where the library reports progress.
+
+    Returns
+    -------
+    BuiltEngine
+
+    Raises
+    ------
+    DeviceError
+        The library needs a GPU that is not there, or lacks a member asked for.
+    EngineError
+        It cannot read or compile the graph; the message names the node where it knows it.
+    """
+    trt, messages = library.trt, Messages()
+    logger = library.logger(messages)
+    try:
+        builder = trt.Builder(logger)
+    except (RuntimeError, TypeError) as error:  # pybind11's words for a null builder
+        raise DeviceError(
+            f"{library.name} {library.version} cannot start ({messages.reason})",
+            expected="an NVIDIA GPU with its driver: this library compiles on the GPU",
+            action="build on the machine that has the GPU, or use TensorRT-RTX: "
+            "pip install 'trtseg[rtx]'",
+        ) from error
+    network = _network(library, builder)
+    _parse(library, network, logger, messages, onnx)
+    config = _config(library, builder, messages, compute_capabilities, detailed, report)
+    begun = time.perf_counter()
+    built = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - begun
+    messages.raise_if_interrupted()
+    if built is None:
+        raise EngineError(
+            f"{library.name} {library.version} cannot compile the network ({messages.reason})",
+            expected="a network it supports, and a GPU with enough memory where it needs one",
+            action="try another graph form (--form), or run with --device cpu",
+        )
+    return BuiltEngine(bytes(built), seconds, messages)
+
+
+def _network(library: Library, builder: Any) -> Any:
+    """Make an empty, strongly typed network."""
+    network = builder.create_network(0)
+    if library.has_strongly_typed:
+        strong = library.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
+        # TensorRT-RTX and TensorRT 11 are always so; 10 must be asked.
+        if not network.get_flag(strong):
+            network = builder.create_network(1 << int(strong))
+    return network
+
+
+def _parse(library: Library, network: Any, logger: Any, messages: Messages, onnx: bytes) -> None:
+    parser = library.trt.OnnxParser(network, logger)
+    parsed = parser.parse(onnx)
+    messages.raise_if_interrupted()
+    if parsed:
+        return
+    failures = [_failure(parser.get_error(number)) for number in range(parser.num_errors)]
+    raise EngineError(
+        f"{library.name} {library.version} cannot read the graph "
+        f"({failures[0] if failures else messages.reason})",
+        expected="a graph of operators it supports",
+        action="try another graph form (--form), or run with --device cpu",
+    )
+
+
+def _failure(error: Any) -> str:
+    """What the parser says of a node; older parsers do not tell the node's name."""
+    name = error.node_name() if hasattr(error, "node_name") else ""
+    kind = error.node_operator() if hasattr(error, "node_operator") else ""
+    where = " ".join(part for part in (kind, name) if part) or f"number {error.node()}"
+    return f"node {where}: {' '.join(str(error.desc()).split())}"
+
+
+def _config(
+    library: Library,
+    builder: Any,
+    messages: Messages,
+    compute_capabilities: Sequence[str],
+    detailed: bool,
+    report: Callable[[str, float], None] | None,
+) -> Any:
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(library.flag("MemoryPoolType", "WORKSPACE"), WORKSPACE_BYTES)
+    # What is float32 is meant to be: TF32 would round its factors to 10 bits.
+    config.clear_flag(library.flag("BuilderFlag", "TF32"))
+    if library.has_user_allocation:
+        # Nothing is allocated while it runs, so that a CUDA graph of it can be captured.
+        config.set_flag(library.flag("BuilderFlag", "REQUIRE_USER_ALLOCATION"))
+    if detailed:
+        config.profiling_verbosity = library.flag("ProfilingVerbosity", "DETAILED")
+    if compute_capabilities:
+        config.num_compute_capabilities = len(compute_capabilities)
+        for number, one in enumerate(compute_capabilities):
+            target = library.flag("ComputeCapability", _capability_name(one))
+            config.set_compute_capability(target, number)
+    if report is not None and library.has_progress_monitor:
+        config.progress_monitor = library.progress_monitor(messages, report)
+    return config
+
+
+def _capability_name(capability: str) -> str:
+    return f"SM{capability.replace('.', '')}"
+
+
+def layer_report(built: BuiltEngine) -> str:
+    """What the library said of the engine's layers and memory while it compiled; may be empty.
+
+    TensorRT-RTX logs there what its engine inspector tells, with no GPU needed; compile with
+    ``detailed=True`` for one line per kernel.
+    """
+    wanted = ("Layers:", "Engine Layer Information", "Max Scratch Memory", "Total Weights Memory")
+    return "\n".join(text for _, text in built.messages.lines if text.startswith(wanted))
+
+
+def inspect_engine(library: Library, content: bytes) -> dict[str, Any]:
+    """What the engine inspector tells of an engine: needs a GPU; not run on one yet.
+
+    Raises
+    ------
+    DeviceError
+        The engine cannot be loaded here.
+    """
+    messages = Messages()
+    logger = library.logger(messages)
+    engine = library.trt.Runtime(logger).deserialize_cuda_engine(content)
+    if engine is None:
+        raise DeviceError(
+            f"{library.name} {library.version} cannot load the engine ({messages.reason})",
+            expected="a GPU the engine was compiled for, with its driver",
+            action="see which GPU is there with nvidia-smi",
+        )
+    form = library.flag("LayerInformationFormat", "JSON")
+    information: dict[str, Any] = json.loads(
+        engine.create_engine_inspector().get_engine_information(form)
+    )
+    return information

@@ -1,0 +1,455 @@
+"""A GPU: its memory, its one stream, and the kernels loaded on it. The only importer of pycuda.
+
+pycuda's driver module cannot be imported where there is no NVIDIA driver, so it is imported when a
+GPU is opened and not before. Written against pycuda 2026.1; not run on a GPU yet.
+
+Ownership: a `CudaDevice` owns all that it hands out (device and host memory, events) and frees it
+in `close`, in the order CUDA wants; who is handed an address or an event only borrows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from trtseg.cuda.compile import FATBIN, PTX
+from trtseg.errors import DeviceError, EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from trtseg.cuda.launches import Launch
+
+    Bytes = NDArray[np.uint8]
+
+#: Threads of a block: a multiple of the 32 that run together, and small enough for any kernel.
+BLOCK = 256
+
+#: How pycuda is installed. It comes as source: it needs nvcc on PATH, the toolkit's headers, and a
+#: libcuda to link with.
+INSTALL_PYCUDA = "put nvcc of the CUDA toolkit on PATH, then pip install pycuda"
+
+
+class OutOfDeviceMemory(DeviceError):  # noqa: N818 (the name of the condition, as CUDA has it)
+    """The GPU has too little free memory.
+
+    Parameters
+    ----------
+    needed : int or None
+        Bytes, where that is known.
+    free : int
+        Bytes.
+    purpose : str
+        What they were needed for.
+    """
+
+    def __init__(self, needed: int | None, free: int, purpose: str) -> None:
+        self.needed = needed
+        self.free = free
+        amount = "more" if needed is None else megabytes(needed)
+        super().__init__(
+            f"the GPU has {megabytes(free)} of free memory",
+            expected=f"{amount} for {purpose}",
+            action="close other programs on the GPU (nvidia-smi lists them), or run with "
+            "--device cpu",
+        )
+
+
+def megabytes(size: int) -> str:
+    """Bytes as text, in MiB, rounded up."""
+    return f"{-(-size // (1 << 20))} MiB"
+
+
+class Device(Protocol):
+    """What the chain needs of a GPU; all work goes in order through one stream.
+
+    Every method but `active` and `close` is called while the device is active. Addresses are whole
+    numbers. Copies to the device read page-locked memory after they return; it must not change
+    before the stream has passed them.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    stream: int
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Make the device current for this thread."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and bytes there are."""
+
+    def allocate(self, size: int) -> int:
+        """Device memory of `size` bytes, aligned to 256.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+        """
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` gave."""
+
+    def pinned(self, size: int) -> Bytes:
+        """Page-locked host memory."""
+
+    def free_pinned(self, memory: Bytes) -> None:
+        """Give back what `pinned` gave; views of it are no longer valid."""
+
+    def load_kernels(self, files: Mapping[str, bytes]) -> None:
+        """Load the kernels; `files` is what `trtseg.cuda.compile.compile_kernels` returned."""
+
+    def launch(self, launch: Launch) -> None:
+        """Run a kernel."""
+
+    def upload(self, address: int, source: Bytes) -> None:
+        """Copy page-locked memory to the device."""
+
+    def download(self, target: Bytes, address: int) -> None:
+        """Copy to page-locked memory; it is there once the stream has passed it."""
+
+    def zero(self, address: int, size: int) -> None:
+        """Fill with zero bytes."""
+
+    def event(self) -> Any:
+        """A marker to be recorded."""
+
+    def record(self, event: Any) -> None:
+        """Put a marker into the stream."""
+
+    def wait(self, event: Any) -> None:
+        """Block until the stream has passed a marker."""
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Time between two markers that the stream has passed."""
+
+    def synchronize(self) -> None:
+        """Block until the stream is empty."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+@dataclass(frozen=True)
+class GpuInfo:
+    """One GPU of this machine.
+
+    Attributes
+    ----------
+    index : int
+    name : str
+    compute_capability : tuple of int
+        Major and minor.
+    memory : int
+        Bytes.
+    """
+
+    index: int
+    name: str
+    compute_capability: tuple[int, int]
+    memory: int
+
+
+def list_gpus() -> list[GpuInfo]:
+    """The GPUs of this machine; not run on a GPU yet.
+
+    Raises
+    ------
+    DeviceError
+        pycuda or the driver is missing, or there is no GPU.
+    """
+    driver = _open_driver()
+    with _errors(driver):
+        devices = [driver.Device(index) for index in range(driver.Device.count())]
+        return [
+            GpuInfo(index, one.name(), tuple(one.compute_capability()), one.total_memory())
+            for index, one in enumerate(devices)
+        ]
+
+
+class CudaDevice:
+    """An NVIDIA GPU by pycuda; see `Device`. Not run on a GPU yet.
+
+    The primary context is used, which TensorRT (and PyTorch in the same process) uses too.
+
+    Parameters
+    ----------
+    index : int
+        Which GPU, in the driver's order.
+
+    Raises
+    ------
+    DeviceError
+        pycuda, the driver or the GPU is missing; the message says which.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        driver = _open_driver()
+        count = driver.Device.count()
+        if index >= count:
+            raise DeviceError(
+                f"no GPU cuda:{index}; this machine has {count}",
+                expected=", ".join(f"cuda:{one}" for one in range(count)) or "an NVIDIA GPU",
+                action="choose one of them, or run with --device cpu",
+            )
+        self._driver = driver
+        self._allocations: dict[int, Any] = {}
+        self._pinned: dict[int, Bytes] = {}
+        self._functions: dict[str, Any] = {}
+        self._module: Any = None
+        self._stream: Any = None
+        with _errors(driver):
+            device = driver.Device(index)
+            self.name = str(device.name())
+            self.compute_capability: tuple[int, int] = tuple(device.compute_capability())
+            self._context = device.retain_primary_context()
+        try:
+            with self.active(), _errors(driver):
+                self._stream = driver.Stream()
+                self.stream = int(self._stream.handle)
+        except DeviceError:
+            self.close()
+            raise
+
+    def __enter__(self) -> CudaDevice:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Make the context current for this thread, and the former one again afterwards."""
+        with _errors(self._driver):
+            self._context.push()
+        try:
+            yield
+        finally:
+            self._driver.Context.pop()
+
+    def memory(self) -> tuple[int, int]:
+        """See `Device`."""
+        with _errors(self._driver):
+            free, total = self._driver.mem_get_info()
+        return int(free), int(total)
+
+    def allocate(self, size: int) -> int:
+        """See `Device`."""
+        with _errors(self._driver, needed=size):
+            allocation = self._driver.mem_alloc(size)
+        address = int(allocation)
+        self._allocations[address] = allocation
+        return address
+
+    def free(self, address: int) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._allocations.pop(address).free()
+
+    def pinned(self, size: int) -> Bytes:
+        """See `Device`."""
+        try:
+            with _errors(self._driver):
+                memory: Bytes = self._driver.pagelocked_empty(size, np.uint8)
+        except OutOfDeviceMemory as error:
+            raise DeviceError(
+                f"the system gives no {megabytes(size)} of page-locked memory",
+                expected="that much free main memory, within the limit for locked memory",
+                action="close other programs, or run with --device cpu",
+            ) from error
+        self._pinned[memory.ctypes.data] = memory
+        return memory
+
+    def free_pinned(self, memory: Bytes) -> None:
+        """See `Device`."""
+        owned = self._pinned.pop(memory.ctypes.data)
+        with _errors(self._driver):
+            # The array's base is pycuda's allocation; left to the garbage collector, it could be
+            # freed while the context is not current, which pycuda cannot do.
+            owned.base.free()  # type: ignore[union-attr]
+
+    def load_kernels(self, files: Mapping[str, bytes]) -> None:
+        """See `Device`; machine code is tried before PTX.
+
+        Raises
+        ------
+        EngineError
+            The driver takes none of the files.
+        """
+        refusals = []
+        for name in (FATBIN, PTX):
+            if name not in files:
+                continue
+            try:
+                self._module = self._driver.module_from_buffer(files[name])
+            except self._driver.Error as error:
+                refusals.append(f"{name}: {_first_line(error)}")
+            else:
+                self._functions.clear()
+                return
+        raise EngineError(
+            f"the driver loads no kernels ({'; '.join(refusals) or 'there are none'})",
+            expected="kernels that a driver of this version understands",
+            action="update the NVIDIA driver, or pip install nvidia-cuda-nvrtc-cu12, take nvcc off "
+            "PATH and build again: trtseg engines build",
+        )
+
+    def launch(self, launch: Launch) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            function = self._functions.get(launch.kernel)
+            if function is None:
+                function = self._module.get_function(launch.kernel)
+                function.prepare([f"{len(launch.parameters)}s"])
+                self._functions[launch.kernel] = function
+            function.prepared_async_call(
+                (-(-launch.threads // BLOCK), 1), (BLOCK, 1, 1), self._stream, launch.parameters
+            )
+
+    def upload(self, address: int, source: Bytes) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._driver.memcpy_htod_async(address, source, self._stream)
+
+    def download(self, target: Bytes, address: int) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._driver.memcpy_dtoh_async(target, address, self._stream)
+
+    def zero(self, address: int, size: int) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._driver.memset_d8_async(address, 0, size, self._stream)
+
+    def event(self) -> Any:
+        """See `Device`."""
+        with _errors(self._driver):
+            return self._driver.Event()
+
+    def record(self, event: Any) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            event.record(self._stream)
+
+    def wait(self, event: Any) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            event.synchronize()
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """See `Device`."""
+        with _errors(self._driver):
+            return float(last.time_since(first)) * 1e-3
+
+    def synchronize(self) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Free everything; a device that failed is freed as far as it lets itself be."""
+        if self._context is None:
+            return
+        failed = self._driver.Error
+        self._context.push()
+        try:
+            if self._stream is not None:
+                with contextlib.suppress(failed):
+                    self._stream.synchronize()
+            for allocation in self._allocations.values():
+                with contextlib.suppress(failed):
+                    allocation.free()
+            for memory in self._pinned.values():
+                with contextlib.suppress(failed):
+                    memory.base.free()  # type: ignore[union-attr]
+            self._allocations.clear()
+            self._pinned.clear()
+            self._functions.clear()
+            self._module = self._stream = None
+        finally:
+            self._driver.Context.pop()
+            self._context.detach()
+            self._context = None
+
+
+def _open_driver() -> Any:
+    """Import pycuda's driver module, initialised, with at least one GPU."""
+    try:
+        import pycuda
+    except ImportError as error:
+        raise DeviceError(
+            f"pycuda is not installed ({error})",
+            expected="pycuda, by which trtseg drives NVIDIA GPUs",
+            action=f"{INSTALL_PYCUDA}; or run with --device cpu",
+        ) from error
+    del pycuda
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            # pycuda warns of a mismatch and then raises; the error below says it once.
+            warnings.simplefilter("ignore", UserWarning)
+            import pycuda.driver as driver
+    except ImportError as error:
+        raise _no_driver(str(error)) from error
+    try:
+        driver.init()
+        count = driver.Device.count()
+    except driver.Error as error:
+        raise DeviceError(
+            f"the NVIDIA driver finds no GPU it can use ({_first_line(error)})",
+            expected="an NVIDIA GPU that nvidia-smi lists",
+            action="check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu",
+        ) from error
+    if count == 0:
+        raise DeviceError(
+            "the NVIDIA driver lists no GPU",
+            expected="an NVIDIA GPU that nvidia-smi lists",
+            action="check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu",
+        )
+    return driver
+
+
+def _no_driver(said: str) -> DeviceError:
+    if "undefined symbol" in said:
+        return DeviceError(
+            f"the NVIDIA driver is older than the CUDA toolkit pycuda was built with ({said})",
+            expected="a driver of at least that CUDA version (nvidia-smi shows it)",
+            action="update the driver, or build pycuda again with an older toolkit: pip install "
+            "--force-reinstall --no-cache-dir --no-binary pycuda pycuda",
+        )
+    return DeviceError(
+        f"the NVIDIA driver is missing ({said})",
+        expected="libcuda.so.1, which comes with the driver",
+        action="install the NVIDIA driver (nvidia-smi must work), or run with --device cpu",
+    )
+
+
+@contextlib.contextmanager
+def _errors(driver: Any, *, needed: int | None = None) -> Iterator[None]:
+    """Turn CUDA's errors into `DeviceError`, and want of memory into `OutOfDeviceMemory`."""
+    try:
+        yield
+    except driver.MemoryError as error:
+        raise OutOfDeviceMemory(needed, int(driver.mem_get_info()[0]), "one buffer") from error
+    except driver.Error as error:
+        raise DeviceError(
+            f"the GPU failed ({_first_line(error)})",
+            expected="a CUDA call that succeeds",
+            action="see nvidia-smi and the system's log, run again, or run with --device cpu",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
