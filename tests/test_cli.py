@@ -276,8 +276,11 @@ def test_main_exits_with_the_commands_code() -> None:
     assert done.value.code == 2
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_an_interrupt_ends_quickly_and_leaves_nothing(engines_root: Path, tmp_path: Path) -> None:
+def test_an_interrupt_ends_quickly_and_leaves_nothing(
+    sent: signal.Signals, engines_root: Path, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     voxels = rng.integers(0, 900, (120, 120, 120)).astype(np.int16)
     scan = tmp_path / "big.nii"
@@ -298,7 +301,7 @@ def test_an_interrupt_ends_quickly_and_leaves_nothing(engines_root: Path, tmp_pa
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         Arguments without the program's name; default ``sys.argv[1:]``.
     """
     try:
+        # A batch system's SIGTERM ends a run as Ctrl-C does: nothing is left half-written.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         app(args=None if argv is None else list(argv), prog_name="trtseg")
     except KeyboardInterrupt:
         screen.say_error("interrupted")
