@@ -181,12 +181,12 @@ def _check_manifest(folder: Path, manifest: Any, models: str, net: str, again: s
         raise refuse(f"architecture not readable ({error})", "an architecture") from error
     if len(spec.pathways) > 1 and SUB_PART not in files:
         raise refuse(f"{SUB_PART} is not listed", "a graph of the subsampled pathways")
-    if manifest.get("sha256") != _seal(manifest):
+    if manifest.get("sha256") != seal(manifest):
         raise refuse("changed after it was written", "the manifest as the build wrote it")
     return spec
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
+def seal(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all the manifest says, so that no flipped byte of it passes."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return sha256_bytes(json.dumps(rest, sort_keys=True).encode())
@@ -258,17 +258,18 @@ def write_engine(
             },
         }
         manifest = json.loads(json.dumps(manifest))
-        manifest["sha256"] = _seal(manifest)
+        manifest["sha256"] = seal(manifest)
         atomic_write_json(staging / MANIFEST, manifest)
-        _swap(staging, final)
+        swap_folder(staging, final)
     except OSError as error:
-        raise _unwritable(final, error) from error
+        raise unwritable(final, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Engine(final, models, net, spec, manifest)
 
 
-def _swap(staging: Path, final: Path) -> None:
+def swap_folder(staging: Path, final: Path) -> None:
+    """Put `staging` in the place of `final`; on any failure the older folder is put back."""
     # A folder cannot be renamed over a filled one, so the old build steps aside first; a process
     # that looks in between finds nothing built, never half a build.
     aside = staging.with_name(f"{staging.name}.old")
@@ -283,7 +284,8 @@ def _swap(staging: Path, final: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What to raise where a build cannot be written."""
     return OutputError(
         f"{path}: {error.strerror or error}",
         expected="a folder that can be written, with room on the disk",
@@ -306,7 +308,7 @@ def build_lock(root: Path, models: str) -> Iterator[None]:
     try:
         stream = (root / f".{models}.lock").open("w", encoding="utf-8")
     except OSError as error:
-        raise _unwritable(root, error) from error
+        raise unwritable(root, error) from error
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtseg.architecture import NetworkSpec
-from trtseg.engine import MANIFEST, _seal, _swap, _unwritable, engine_folder
+from trtseg.engine import MANIFEST, engine_folder, seal, swap_folder, unwritable
 from trtseg.errors import EngineError, EngineMissingError, ModelError
 from trtseg.files import atomic_write, atomic_write_json, make_folder, sha256_bytes
 
@@ -351,14 +351,14 @@ def write_gpu_engine(
             "files": {name: sha256_bytes(content) for name, content in files.items()},
         }
         manifest = json.loads(json.dumps(manifest))
-        manifest["sha256"] = _seal(manifest)
+        manifest["sha256"] = seal(manifest)
         atomic_write_json(staging / MANIFEST, manifest)
         # Readable as the user's umask says, but never writable by a group: loading refuses that.
         for path in staging.iterdir():
             path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS_MAY_WRITE)
-        _swap(staging, final)
+        swap_folder(staging, final)
     except OSError as error:
-        raise _unwritable(final, error) from error
+        raise unwritable(final, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return GpuEngine(final, models, net, spec, manifest)
@@ -390,7 +390,7 @@ def _check_manifest(folder: Path, manifest: Any, models: str, net: str) -> Netwo
         raise refuse("not a JSON object", "the manifest of a compiled network")
     if manifest.get("schema") != SCHEMA:
         raise refuse(f"layout {manifest.get('schema')!r}", f"layout {SCHEMA} (this version's)")
-    if manifest.get("sha256") != _seal(manifest):
+    if manifest.get("sha256") != seal(manifest):
         raise refuse("changed after it was written", "the manifest as the build wrote it")
     for name, value in (("models", models), ("network", net)):
         if manifest.get(name) != value:

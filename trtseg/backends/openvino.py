@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 #: Voxels of a block: its features take 200 bytes each, and the layers before them several times
 #: that, which must fit beside a large scan in a laptop's memory (bench/memory.py).
-BLOCK_VOXELS = 60**3
+BLOCK_VOXELS = 48**3
 
 #: Tiles whose subsampled pathways run together.
 SUB_BATCH = 4
