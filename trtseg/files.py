@@ -106,14 +106,6 @@ def _digest(path: Path, digest: Any) -> str:
     return str(digest.hexdigest())
 
 
-def umask() -> int:
-    """The process's file mode mask, for what `tempfile` makes private and a result must not be."""
-    # The only way to read it is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync_folder(folder: Path) -> None:
     # The rename itself is durable only once the folder is; some file systems refuse, which costs
     # durability on power loss but never atomicity.
