@@ -277,8 +277,8 @@ def test_a_manifest_that_is_no_object(root, engine, content):
         ("files", [], "files are not listed"),
         ("files", {}, "files are not listed"),
         ("files", {"weights.npz": "0" * 64}, "files are not listed"),
-        ("checkpoint", None, "no checkpoint"),
-        ("checkpoint", "0" * 64, "no checkpoint"),
+        ("checkpoint", None, "checkpoint None; expected a dict"),
+        ("checkpoint", "0" * 64, "checkpoint '0+'; expected a dict"),
         ("architecture", None, "architecture not readable"),
         ("architecture", {}, "architecture not readable"),
         ("architecture", {**SPEC.to_dict(), "tile": 4}, "architecture not readable.*field, 5"),
@@ -443,6 +443,43 @@ def test_built_models_without_a_folder(tmp_path):
     (tmp_path / "file").touch()
     assert built_models(tmp_path / "file") == []
     assert not is_built(tmp_path / "file", "tiny")
+
+
+def test_built_models_where_nothing_can_be_seen(tmp_path, monkeypatch):
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(EngineError) as caught:
+        built_models(tmp_path)
+    assert caught.value.found == f"{tmp_path}: Permission denied"
+    assert caught.value.expected == "a folder of built networks that can be read"
+    assert caught.value.action == "choose another with --engines, or set TRTSEG_HOME"
+
+
+def test_built_models_beside_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
+    looks = Path.is_file
+
+    def refuse(self: Path) -> bool:
+        if "lost+found" in self.parts:
+            raise PermissionError(13, "Permission denied", str(self))
+        return looks(self)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    for net in ("bdn", "cgm"):
+        for models in ("lost+found", "whole"):
+            (tmp_path / models / net).mkdir(parents=True)
+            (tmp_path / models / net / "manifest.json").touch()
+    assert built_models(tmp_path) == ["whole"]
+
+
+def test_is_built_where_nothing_can_be_seen(tmp_path, monkeypatch):
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(EngineError, match=r"bdn/manifest\.json: Permission denied"):
+        is_built(tmp_path, "tiny")
 
 
 # The lock

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.build.networks import TINY
+from tests.build.networks import TINY, random_variables
 from trtseg import gpu_engine
-from trtseg.errors import EngineError, EngineMissingError, OutputError
+from trtseg.build.freeze import freeze
+from trtseg.engine import write_engine
+from trtseg.errors import EngineError, NotCompiledError, OutputError
 from trtseg.gpu_engine import (
     GpuEngine,
     cache_key,
     engine_file,
+    gpu_built,
     gpu_engine_folder,
     load_gpu_engine,
     read_owned,
@@ -44,6 +48,7 @@ FILES = {
     "b1.engine": b"one tile",
     "b4.engine": b"four tiles",
     "kernels.ptx": b"kernels\0",
+    "ceiling.engine": b"a product",
     "selftest.npz": selftest_file(),
 }
 
@@ -52,6 +57,8 @@ def facts() -> dict[str, Any]:
     return {
         "recipe": {"frozen_sha256": FROZEN, "form": "plain"},
         "checkpoint": {"bdn.model.ckpt.index": "c" * 64},
+        "cost": {"multiply_adds": 10, "bytes": 20},
+        "versions": {"trtseg": "1"},
         "library": {"name": "tensorrt_rtx", "version": "1.7.1"},
         "compute_capabilities": ["8.6", "12.0"],
         "later_than": "12.0",
@@ -85,7 +92,7 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert loaded.folder == tmp_path / "tiny" / "bdn" / "cuda"
     assert loaded.folder == gpu_engine_folder(tmp_path, "tiny", "bdn")
     assert sorted(path.name for path in loaded.folder.iterdir()) == [
-        *sorted(FILES)[:3],
+        *sorted(FILES)[:4],
         "manifest.json",
         "selftest.npz",
     ]
@@ -93,6 +100,9 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert loaded.batches == (1, 4)
     assert loaded.kernels == ("kernels.ptx",)
     assert loaded.notice == "not for use"
+    assert loaded.summary == (
+        "tensorrt_rtx 1.7.1, plain, batches 1, 4, compute capability 8.6, 12.0 and above 12.0"
+    )
     assert [loaded.read(engine_file(batch)) for batch in (1, 4)] == [b"one tile", b"four tiles"]
 
 
@@ -143,10 +153,47 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_nothing_compiled(tmp_path: Path) -> None:
-    with pytest.raises(EngineMissingError) as caught:
+    with pytest.raises(NotCompiledError) as caught:
         load(tmp_path)
     assert "BDN of model set 'tiny'" in caught.value.found
     assert caught.value.action == f"compile it: {COMMAND}"
+
+
+def test_gpu_built_needs_both_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not gpu_built(tmp_path, "tiny")
+    for net, both in (("cgm", False), ("bdn", True)):
+        write_gpu_engine(tmp_path, "tiny", net, spec=TINY, files=FILES, facts=facts())
+        assert gpu_built(tmp_path, "tiny") is both
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(EngineError, match=r"cuda/manifest\.json: Permission denied"):
+        gpu_built(tmp_path, "tiny")
+
+
+def build(root: Path, seed: int) -> str:
+    """Build a network of random weights; digest of them."""
+    weights = freeze(random_variables(TINY, seed), TINY).to_bytes()
+    names = ("normal.onnx", "sub.onnx", "fc.onnx")
+    built = write_engine(
+        root, "tiny", "bdn", spec=TINY, checkpoint={}, notice="", proof={}, versions={},
+        files={"weights.npz": weights, **dict.fromkeys(names, b"a graph")},
+    )  # fmt: skip
+    return str(built.manifest["files"]["weights.npz"])
+
+
+def test_building_the_same_weights_again_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(tmp_path, 1)
+    written = write(tmp_path, recipe={"frozen_sha256": first})
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    assert build(tmp_path, 1) == first
+    assert load(tmp_path, first) == written
+    with pytest.raises(EngineError, match="other weights"):
+        load(tmp_path, build(tmp_path, 2))
 
 
 def test_other_weights_make_it_stale(folder: Path, tmp_path: Path) -> None:
@@ -219,8 +266,8 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         ("network", "cgm", "network 'cgm'"),
         ("recipe", None, "recipe None"),
         ("library", "1.7", "library '1.7'"),
-        ("batches", [], "files"),
-        ("batches", [1, 4, 16], r"expected b1\.engine, b16\.engine, b4\.engine, selftest"),
+        ("batches", [], r"batches \[\]; expected a list, not empty"),
+        ("batches", [1, 4, 16], r"expected b1\.engine, b16\.engine, b4\.engine, ceiling"),
         ("files", {"../b1.engine": "0" * 64}, "files are not listed"),
         ("files", None, "files are not listed"),
         ("architecture", {"tile": 45}, "architecture not readable"),
