@@ -66,6 +66,7 @@ class FakeSegmenter:
             device="cpu",
             precision="f32",
             notice="fake weights",
+            ga_weeks=options["ga_weeks"],
         )
 
 
@@ -111,8 +112,10 @@ def files(folder: Path) -> set[str]:
 # Which scans
 
 
-def found(folder: Path, participants: Any = (), sessions: Any = ()) -> list[str]:
-    return [scan.source for scan in find_t2w(folder, participants, sessions).scans]
+def found(
+    folder: Path, participants: Any = (), sessions: Any = (), **labels: list[str]
+) -> list[str]:
+    return [scan.source for scan in find_t2w(folder, participants, sessions, labels).scans]
 
 
 def test_every_t2w_image_of_the_dataset_is_found(tmp_path):
@@ -166,6 +169,38 @@ def test_labels_that_are_not_there(tmp_path):
         find_t2w(folder, (), ["b"])
     with pytest.raises(UsageError, match=r"expected labels out of: none$"):
         find_t2w(folder, ["01"], ["a"])
+
+
+def test_images_are_chosen_by_their_entities(tmp_path):
+    names = [
+        f"sub-01/anat/sub-01_{middle}T2w.nii"
+        for middle in ("", "acq-a_rec-x_", "acq-a_run-1_", "acq-b_rec-x_run-2_", "rec-y_")
+    ]
+    plain, ax, a1, bx2, y = names
+    folder = write_dataset(tmp_path, *names)
+    assert found(folder, acq=[], rec=[]) == sorted(names)
+    assert found(folder, acq=["a"]) == [ax, a1]
+    assert found(folder, acq=["acq-b", "a"]) == [ax, a1, bx2]
+    assert found(folder, rec=["x", "y"]) == [ax, bx2, y]
+    assert found(folder, acq=["a"], rec=["x"]) == [ax]
+    assert found(folder, run=["1", "2"]) == [a1, bx2]
+    assert plain in found(folder)
+
+
+def test_entities_that_no_image_has(tmp_path):
+    folder = write_dataset(tmp_path, PLAIN, SESSION)
+    said = r"--reconstruction-label: rec-x not in the dataset; expected labels out of: svr$"
+    with pytest.raises(UsageError, match=said):
+        found(folder, rec=["x", "svr"])
+    with pytest.raises(UsageError, match=r"--run-label: run-1 not in.*out of: none$"):
+        found(folder, ["01"], run=["1"])
+
+
+def test_entities_that_no_image_has_together(tmp_path):
+    other = "sub-01/anat/sub-01_acq-y_T2w.nii"
+    folder = write_dataset(tmp_path, SESSION, other)
+    with pytest.raises(InputError, match="no T2w image of what is asked for"):
+        found(folder, acq=["y"], rec=["svr"])
 
 
 def test_no_scan_at_all(tmp_path):
@@ -360,6 +395,104 @@ def test_label_options_take_several_values(tmp_path):
     assert (done.exit_code, done.output) == (0, "")
     assert {name.split("/")[0] for name in files(out) if "/" in name} == {"sub-1", "sub-3"}
     assert not list(out.rglob("ses-a"))
+
+
+def test_entity_options_take_several_values(tmp_path):
+    names = [f"sub-1/anat/sub-1_{m}_T2w.nii" for m in ("acq-a_rec-x_run-1", "acq-b_rec-x_run-2")]
+    third = "sub-1/anat/sub-1_acq-c_rec-y_run-1_T2w.nii"
+    source, out = write_dataset(tmp_path / "raw", *names, third), tmp_path / "out"
+    args = ("--acquisition_label", "a", "acq-b", "c", "--reconstruction-label", "x")
+    done = invoke(source, out, "participant", *args, "--run-label", "2", "1", "-q")
+    assert (done.exit_code, done.output) == (0, "")
+    assert sorted(path.name for path in out.rglob("*_dseg.nii.gz")) == [
+        "sub-1_acq-a_rec-x_run-1_dseg.nii.gz",
+        "sub-1_acq-b_rec-x_run-2_dseg.nii.gz",
+    ]
+
+
+def test_the_age_is_that_of_all(tmp_path):
+    source, out = write_dataset(tmp_path / "raw", PLAIN, SESSION), tmp_path / "out"
+    # 108 mL of brain are too little at 37 weeks, and fit 28.
+    assert invoke(source, out, "participant", "--ga", "37.5").exit_code == 6
+    assert invoke(source, out, "participant", "--ga", "28").exit_code == 0
+    records = [json.loads(path.read_bytes()) for path in out.rglob("*_trtseg.json")]
+    assert [record["options"]["ga_weeks"] for record in records] == [28, 28]
+    done = invoke(source, out, "participant", "--ga", "250")
+    assert isinstance(done.exception, UsageError)
+    assert "a gestational age of 250 weeks" in str(done.exception)
+
+
+def test_options_reach_the_segmenter(tmp_path, monkeypatch):
+    made = []
+
+    class Watched(FakeSegmenter):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__()
+            made.append((args, options))
+
+    monkeypatch.setattr("trtseg.pipeline.Segmenter", Watched)
+    source = write_dataset(tmp_path / "raw", PLAIN)
+    args = ("--models", "m", "--engines", "e", "--device", "cpu", "--threads", 3)
+    assert invoke(source, tmp_path / "out", "participant", *args).exit_code == 0
+    invoke(source, tmp_path / "out", "participant", "--precision", "bf16")
+    assert made == [
+        (("m",), {"engines": Path("e"), "device": "cpu", "threads": 3, "precision": None}),
+        ((None,), {"engines": None, "device": "auto", "threads": None, "precision": "bf16"}),
+    ]
+
+
+def test_the_log_knows_scans_by_their_digest(tmp_path):
+    last = "sub-03/anat/sub-03_T2w.nii.gz"
+    source = write_dataset(tmp_path / "raw", PLAIN, SESSION, last)
+    (source / last).write_bytes((source / last).read_bytes()[:-20])
+    log = tmp_path / "logs" / "trtseg.log"
+    for _ in range(2):
+        invoke(source, tmp_path / "out", "participant", "--log-file", log, "--resume")
+    text = log.read_text("utf-8")
+    assert "sub-" not in text
+    assert str(tmp_path) not in text
+    lines = [line.split(" ", 2)[2] for line in text.splitlines()]
+    assert lines[0].startswith("bids: trtseg ")
+    assert lines[1] == "models fake, device cpu, precision f32, scans: 3"
+    assert sum(line.endswith(": started") for line in lines) == 4  # the damaged one twice
+    assert sum(line.endswith(": complete, not run again") for line in lines) == 2
+    assert sum("failed, InputError, exit code 2" in line for line in lines) == 2
+
+
+def test_a_failed_sidecar_is_in_the_log(tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OutputError("disk full")
+
+    source, log = write_dataset(tmp_path / "raw", PLAIN), tmp_path / "log"
+    monkeypatch.setattr("trtseg.bids.write_sidecars", full)
+    assert invoke(source, tmp_path / "out", "participant", "--log-file", log).exit_code == 5
+    assert log.read_text("utf-8").endswith(": failed, OutputError, exit code 5\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("raw/log", "is in BIDS_DIR"),
+        ("raw/sub-01/log", "is in BIDS_DIR"),
+        ("raw/derivatives/trtseg/logs/log", "is in OUT_DIR"),
+    ],
+)
+def test_a_log_inside_a_dataset_is_refused(tmp_path, place, said):
+    source = write_dataset(tmp_path / "raw", PLAIN)
+    before = files(tmp_path)
+    out = source / "derivatives" / "trtseg"
+    done = invoke(source, out, "participant", "--log-file", tmp_path / place)
+    assert isinstance(done.exception, UsageError)
+    assert said in str(done.exception)
+    assert files(tmp_path) == before
+
+
+def test_a_log_beside_the_derivatives(tmp_path):
+    source = write_dataset(tmp_path / "raw", PLAIN)
+    log = source / "derivatives" / "trtseg.log"
+    out = source / "derivatives" / "trtseg"
+    assert invoke(source, out, "participant", "--log-file", log).exit_code == 0
+    assert log.is_file()
 
 
 @pytest.mark.parametrize(

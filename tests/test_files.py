@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +188,134 @@ def test_a_link_is_replaced_and_its_target_left_alone(tmp_path):
     assert (tmp_path / "target").read_bytes() == b"target"
     assert not (tmp_path / "link").is_symlink()
     assert (tmp_path / "link").read_bytes() == b"new"
+
+
+# What killed writers leave behind
+
+LEFT = ".file.0123456789abcdef.part"
+
+
+def age(path: Path, seconds: float) -> Path:
+    then = time.time() - seconds
+    os.utime(path, (then, then), follow_symlinks=False)
+    return path
+
+
+def leave(folder: Path, name: str = LEFT, seconds: float = 2 * files.ABANDONED_AFTER) -> Path:
+    """A temporary file as old as that."""
+    path = folder / name
+    path.write_bytes(b"half")
+    return age(path, seconds)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_after_a_day(tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from trtseg.files import atomic_write
+with atomic_write(Path({str(tmp_path / "file")!r})) as stream:
+    stream.write(b"half")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(files.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    write(tmp_path / "file", b"new")
+    assert names(tmp_path) == [left.name, "file"]
+    age(left, 23 * 3600)
+    write(tmp_path / "file", b"new")
+    assert names(tmp_path) == [left.name, "file"]
+    age(left, 25 * 3600)
+    write(tmp_path / "file", b"new")
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".other.0123456789abcdef.part",
+        ".file.nii.0123456789abcdef.part",
+        ".file.0123456789abcde.part",
+        ".file.0123456789abcdeF.part",
+        ".file.0123456789abcdef.part2",
+        "file.0123456789abcdef.part",
+        "Xfile.0123456789abcdef.part",
+    ],
+)
+def test_files_of_other_names_stay(tmp_path, name):
+    leave(tmp_path, name)
+    write(tmp_path / "file", b"new")
+    assert names(tmp_path) == sorted(["file", name])
+
+
+def test_leftovers_of_a_long_name(tmp_path):
+    leave(tmp_path, f".{'n' * 32}.0123456789abcdef.part")
+    write(tmp_path / ("n" * 248 + ".nii.gz"), b"new")
+    assert names(tmp_path) == ["n" * 248 + ".nii.gz"]
+
+
+def test_links_pipes_and_folders_stay(tmp_path):
+    (tmp_path / "target").write_bytes(b"target")
+    kinds = [tmp_path / f".file.{digit * 16}.part" for digit in "abc"]
+    kinds[0].symlink_to("target")
+    os.mkfifo(kinds[1])
+    kinds[2].mkdir()
+    for path in [*kinds, tmp_path / "target"]:
+        age(path, 2 * files.ABANDONED_AFTER)
+    write(tmp_path / "file", b"new")
+    assert names(tmp_path) == sorted(["file", "target", *(path.name for path in kinds)])
+
+
+def test_a_leftover_of_another_user_stays(tmp_path, monkeypatch):
+    leave(tmp_path)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    write(tmp_path / "file", b"new")
+    assert names(tmp_path) == [LEFT, "file"]
+
+
+def test_two_writers_at_once(tmp_path):
+    path = tmp_path / "file"
+    with files.atomic_write(path) as slow:
+        slow.write(b"slow")
+        slow.flush()
+        (temporary,) = tmp_path.iterdir()
+        age(temporary, 2 * files.ABANDONED_AFTER)
+        write(path, b"quick")
+        assert path.read_bytes() == b"quick"
+        assert temporary.exists()
+    assert path.read_bytes() == b"slow"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_lock_is_held_until_the_file_has_its_name(tmp_path, monkeypatch):
+    replace, seen = os.replace, []
+
+    def look(source, target):
+        with source.open("rb") as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    write(tmp_path / "file", b"new")
+    assert seen == ["file"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    leave(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert names(tmp_path) == [LEFT, "file"]
+
+
+# JSON, folders, digests
 
 
 def test_json(tmp_path):

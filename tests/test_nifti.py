@@ -396,6 +396,51 @@ def test_repaired_header_is_not_spoken_of(tmp_path, capfd, caplog):
     assert written["qform_code"] == 77
 
 
+NAMES = ["a.nii", "a.nii.gz"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("volumes", [(), (2,)])
+def test_bytes_after_the_voxels_are_spoken_of(tmp_path, name, volumes):
+    content = file_bytes(ramp((*SHAPE, *volumes)))
+    expected = nifti.read_scan(save(tmp_path / name, content))
+    for surplus in (1, 15, 16, 5000):
+        scan = nifti.read_scan(save(tmp_path / name, content + bytes(surplus)))
+        np.testing.assert_array_equal(scan.data, expected.data)
+        more = scan.warnings[len(expected.warnings) :]
+        assert scan.warnings[: len(expected.warnings)] == expected.warnings
+        assert len(more) == (surplus > 15)
+        assert all(f"{surplus} bytes after the voxels" in line for line in more)
+
+
+def test_a_header_of_too_small_an_image_is_spoken_of(tmp_path):
+    i, j, k = SHAPE
+    content = make_header((i, j, k - 1), "i2").binaryblock + bytes(4) + ramp().tobytes(order="F")
+    (said,) = nifti.read_scan(save(tmp_path / "a.nii", content)).warnings
+    assert f"{2 * i * j} bytes after the voxels that the header claims" in said
+
+
+def test_bytes_after_the_voxels_of_a_pair_are_spoken_of(tmp_path):
+    header = make_header(SHAPE, "i2", magic=b"ni1", vox_offset=0)
+    (tmp_path / "a.hdr").write_bytes(header.binaryblock)
+    (tmp_path / "a.img").write_bytes(ramp().tobytes(order="F") + bytes(16))
+    (said,) = nifti.read_scan(tmp_path / "a.hdr").warnings
+    assert "16 bytes after the voxels" in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("endian", "<>")
+@pytest.mark.parametrize("bits", [0, 8, 32, -16])
+def test_bits_that_are_not_those_of_the_type_are_spoken_of(tmp_path, name, version, endian, bits):
+    content = file_bytes(ramp(), version=version, endian=endian, bitpix=bits)
+    scan = nifti.read_scan(save(tmp_path / name, content))
+    np.testing.assert_array_equal(scan.data, ramp())
+    (said,) = scan.warnings
+    assert said.startswith(f"header of int16 voxels that says {bits} bits per voxel (bitpix), ")
+    assert "expected 16: read as int16" in said
+
+
 # Reading: what is refused
 
 

@@ -18,6 +18,7 @@ from trtseg import qc, sidecar
 from trtseg.architecture import PUBLISHED
 from trtseg.engine import Engine
 from trtseg.errors import InputError, OutputError, UsageError
+from trtseg.files import atomic_write_json
 from trtseg.scan import Geometry
 
 #: SHA-256 of b"abc" and of nothing, as FIPS 180-2 gives them.
@@ -245,6 +246,12 @@ def done(folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
     return path, outputs
 
 
+def without_seal(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    assert len(content.pop("seal")) == 64
+    return content
+
+
 def test_two_steps_say_the_same_as_one(tmp_path):
     one = result()
     outputs = files(tmp_path)["outputs"]
@@ -273,7 +280,7 @@ def test_more_outputs(tmp_path):
 def test_what_is_complete_is_found(tmp_path):
     path, outputs = done(tmp_path)
     found = sidecar.find_complete(path, request(tmp_path), outputs)
-    assert found == json.loads(path.read_text("utf-8"))
+    assert found == without_seal(path)
     fewer = {"cortex": outputs["cortex"]}
     assert sidecar.find_complete(path, request(tmp_path), fewer) == found
 
@@ -343,9 +350,45 @@ def test_a_sidecar_that_is_none(tmp_path, content):
 @pytest.mark.parametrize("value", [None, 3, [1]])
 def test_a_sidecar_of_another_shape(tmp_path, key, value):
     path, outputs = done(tmp_path)
-    found = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps({**found, key: value}), "utf-8")
+    sidecar.write_sidecar(path, {**without_seal(path), key: value})
     assert sidecar.find_complete(path, request(tmp_path), outputs) is None
+
+
+def test_one_changed_byte_of_the_sidecar_is_enough(tmp_path):
+    path, outputs = done(tmp_path)
+    asked = request(tmp_path)
+    content = path.read_bytes()
+    random = np.random.default_rng(0)
+    # Every byte of the volumes, and one in ten of all others: values, names, white space.
+    volumes = content.index(b'"volumes_ml"')
+    for place in {*range(volumes, volumes + 60), *range(0, len(content), 10)}:
+        for byte in {content[place] ^ (1 << int(random.integers(8))), 32, 9} - {content[place]}:
+            path.write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+            assert sidecar.find_complete(path, asked, outputs) is None, (place, byte)
+    path.write_bytes(content)
+    assert sidecar.find_complete(path, asked, outputs) is not None
+
+
+@pytest.mark.parametrize("seal", [None, "", "0" * 64, 5, []])
+def test_a_sidecar_without_its_seal_is_not_complete(tmp_path, seal):
+    path, outputs = done(tmp_path)
+    content = without_seal(path)
+    if seal is not None:
+        content["seal"] = seal
+    atomic_write_json(path, content)
+    assert sidecar.find_complete(path, request(tmp_path), outputs) is None
+
+
+def test_the_seal_is_the_digest_of_the_rest(tmp_path):
+    path = tmp_path / "a.json"
+    sidecar.write_sidecar(path, {"b": [1, 2.5], "a": "\u00e9"})
+    # printf '{"a": "\\u00e9", "b": [1, 2.5]}' | sha256sum
+    digest = "ae69300a3a606a0379150ff56f75996a2ac96127dd27cdc7b144ac27cace0b37"
+    assert path.read_bytes() == (
+        b'{\n  "a": "\\u00e9",\n  "b": [\n    1,\n    2.5\n  ],\n  "seal": "'
+        + digest.encode()
+        + b'"\n}\n'
+    )
 
 
 # Files
@@ -355,7 +398,7 @@ def test_the_sidecar_is_what_was_described(tmp_path):
     found = describe(tmp_path)
     path = tmp_path / "scan_cgm.json"
     sidecar.write_sidecar(path, found)
-    assert json.loads(path.read_text("utf-8")) == found
+    assert without_seal(path) == found
     assert not list(tmp_path.glob("*.part"))
 
 

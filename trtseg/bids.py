@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,20 @@ from trtseg.errors import (
     worst_exit_code,
 )
 from trtseg.files import atomic_write, atomic_write_json, make_folder
+from trtseg.logs import LOG, log_to
+from trtseg.options import (
+    DeviceOption,
+    EnginesOption,
+    GaOption,
+    LogFileOption,
+    ModelsOption,
+    PrecisionOption,
+    QuietOption,
+    ReorientOption,
+    ReportOption,
+    ResumeOption,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from trtseg.batch import Options, Outcome
@@ -48,6 +63,12 @@ IGNORED = ("*_trtseg.json", "*_report.html", "*_report.png")
 
 _PARTICIPANTS = ("--participant-label", "--participant_label")
 _SESSIONS = ("--session-label", "--session_label")
+_ENTITIES = {
+    "acq": ("--acquisition-label", "--acquisition_label"),
+    "rec": ("--reconstruction-label", "--reconstruction_label"),
+    "run": ("--run-label", "--run_label"),
+}
+_LABEL_OPTIONS = {*_PARTICIPANTS, *_SESSIONS, *itertools.chain(*_ENTITIES.values())}
 
 _LABEL = "[0-9A-Za-z+]+"
 _SUBJECT = re.compile(f"sub-({_LABEL})")
@@ -77,7 +98,7 @@ class LabelsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each of its values; all up to the next option are its own."""
-        return super().parse_args(ctx, _repeat_options(args, {*_PARTICIPANTS, *_SESSIONS}))
+        return super().parse_args(ctx, _repeat_options(args, _LABEL_OPTIONS))
 
 
 def _repeat_options(args: Sequence[str], options: set[str]) -> list[str]:
@@ -123,54 +144,44 @@ def bids(
             show_default=False,
         ),
     ] = None,
-    models: Annotated[
-        str | None,
+    acquisition_label: Annotated[
+        list[str] | None,
         typer.Option(
-            "--models",
-            metavar="NAME",
-            help="Model set; default: the published one.",
+            *_ENTITIES["acq"],
+            metavar="LABEL...",
+            help="Acquisitions, without acq-; default: all.",
             show_default=False,
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-    ] = "auto",
-    reorient: Annotated[
-        bool,
+    reconstruction_label: Annotated[
+        list[str] | None,
         typer.Option(
-            "--reorient",
-            help="Run in RAS+ orientation, so that how a scan is stored does not matter.",
-        ),
-    ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Write a page with pictures and all checks.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Leave out scans whose results are complete and intact."),
-    ] = False,
-    engines: Annotated[
-        Path | None,
-        typer.Option(
-            "--engines",
-            metavar="DIR",
-            help="Folder of built networks; default: as for segment.",
+            *_ENTITIES["rec"],
+            metavar="LABEL...",
+            help="Reconstructions, without rec-; default: all.",
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
+    run_label: Annotated[
+        list[str] | None,
         typer.Option(
-            "--threads",
-            min=1,
-            metavar="N",
-            help="CPU threads; default: the cores this process may run on.",
+            *_ENTITIES["run"],
+            metavar="LABEL...",
+            help="Runs, without run-; default: all.",
             show_default=False,
         ),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Print warnings and errors only.")
-    ] = False,
+    models: ModelsOption = None,
+    device: DeviceOption = "auto",
+    ga: GaOption = None,
+    report: ReportOption = False,
+    reorient: ReorientOption = False,
+    resume: ResumeOption = False,
+    engines: EnginesOption = None,
+    threads: ThreadsOption = None,
+    precision: PrecisionOption = None,
+    log_file: LogFileOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Segment every T2w image of a BIDS dataset; write BIDS derivatives.
 
@@ -179,27 +190,41 @@ def bids(
     """
     from trtseg.backends import check_device
     from trtseg.batch import Options
-    from trtseg.pipeline import Segmenter
+    from trtseg.qc import check_ga
 
     _check_level(analysis_level)
     check_device(device)
+    if ga is not None:
+        check_ga(ga)
     source = read_description(bids_dir)
     _check_out_dir(bids_dir, out_dir)
-    found = find_t2w(bids_dir, participant_label or (), session_label or ())
+    if log_file is not None:
+        _check_log_file(bids_dir, out_dir, log_file)
+    found = find_t2w(
+        bids_dir,
+        participant_label or (),
+        session_label or (),
+        {
+            "acq": acquisition_label or (),
+            "rec": reconstruction_label or (),
+            "run": run_label or (),
+        },
+    )
     for line in found.notes:
         screen.say_warning(line)
     options = Options(
         models=models,
         device=device,
         threads=threads,
+        precision=precision,
         save_dseg=True,
         reorient=reorient,
         report=report,
+        ga_weeks=ga,
         resume=resume,
     )
-    with Segmenter(models, engines=engines, device=device, threads=threads) as segmenter:
-        write_dataset(bids_dir, out_dir, source)
-        outcomes = _segment_all(segmenter, found.scans, out_dir, options, quiet=quiet)
+    with log_to(log_file):
+        outcomes = _run(bids_dir, out_dir, source, found.scans, options, engines, quiet=quiet)
     if len(outcomes) > 1 and not quiet:
         screen.say_summary(outcomes)
     code = worst_exit_code([outcome.exit_code for outcome in outcomes])
@@ -232,6 +257,18 @@ def _check_out_dir(bids_dir: Path, out_dir: Path) -> None:
             f"OUT_DIR {out_dir} holds a dataset that trtseg did not make",
             expected="a new or empty folder, or derivatives of trtseg",
             action="choose another OUT_DIR",
+        )
+
+
+def _check_log_file(bids_dir: Path, out_dir: Path, log_file: Path) -> None:
+    """Refuse a log that would make either dataset invalid, or be written over."""
+    inside = _inside(bids_dir, log_file)
+    in_source = inside is not None and inside.parts[:1] != ("derivatives",)
+    if in_source or _inside(out_dir, log_file) is not None:
+        raise UsageError(
+            f"--log-file {log_file} is in {'BIDS_DIR' if in_source else 'OUT_DIR'}",
+            expected="a file outside of both datasets, for BIDS has no name for it",
+            action="write the log elsewhere",
         )
 
 
@@ -325,7 +362,12 @@ def read_description(bids_dir: Path) -> dict[str, Any]:
     return found
 
 
-def find_t2w(bids_dir: Path, participants: Sequence[str], sessions: Sequence[str]) -> Found:
+def find_t2w(
+    bids_dir: Path,
+    participants: Sequence[str],
+    sessions: Sequence[str],
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> Found:
     """Find ``sub-*/[ses-*/]anat/sub-*_T2w.nii[.gz]``.
 
     Parameters
@@ -333,6 +375,9 @@ def find_t2w(bids_dir: Path, participants: Sequence[str], sessions: Sequence[str
     bids_dir : Path
     participants, sessions : sequence of str
         Labels, with or without ``sub-`` and ``ses-``; none for all.
+    labels : mapping of str to sequence of str, optional
+        Of an entity, ``"acq"``, ``"rec"`` or ``"run"``, the labels that an image must have one of,
+        with or without ``acq-`` and so on; none for all images, also those without the entity.
 
     Returns
     -------
@@ -365,15 +410,28 @@ def find_t2w(bids_dir: Path, participants: Sequence[str], sessions: Sequence[str
                     scans.append(scan)
                 elif path.name.endswith(("_T2w.nii", "_T2w.nii.gz")):
                     notes.append(f"{path}: no BIDS name for its place; passed over")
+    scans = _filtered(scans, labels or {})
     if not scans:
         raise InputError(
-            f"{bids_dir}: no T2w image of the participants and sessions asked for",
+            f"{bids_dir}: no T2w image of what is asked for",
             expected="sub-LABEL/[ses-LABEL/]anat/sub-LABEL[_...]_T2w.nii[.gz]",
         )
     _check_twins(scans)
     with_scans = {scan.entities[0] for scan in scans}
     notes += [f"{one}: no T2w image to segment" for one in subjects if one not in with_scans]
     return Found(tuple(scans), tuple(notes))
+
+
+def _filtered(scans: list[T2w], labels: Mapping[str, Sequence[str]]) -> list[T2w]:
+    """The scans that have, of each entity with labels, one of them."""
+    kept = scans
+    for entity, wanted in labels.items():
+        prefix = f"{entity}-"
+        known = sorted({one for scan in scans for one in scan.entities if one.startswith(prefix)})
+        if wanted:
+            chosen = set(_chosen(known, wanted, _ENTITIES[entity][0], prefix))
+            kept = [scan for scan in kept if chosen & set(scan.entities)]
+    return kept
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> list[str]:
@@ -569,6 +627,38 @@ def write_sidecars(scan: T2w, paths: OutputPaths, notice: str) -> None:
         atomic_write_json(maps[role].with_name(name), content)
 
 
+def _run(
+    bids_dir: Path,
+    out_dir: Path,
+    source: dict[str, Any],
+    scans: Sequence[T2w],
+    options: Options,
+    engines: Path | None,
+    *,
+    quiet: bool,
+) -> list[Outcome]:
+    from trtseg.pipeline import Segmenter
+    from trtseg.sidecar import versions
+
+    LOG.info("bids: %s", ", ".join(f"{name} {one}" for name, one in versions().items()))
+    with Segmenter(
+        options.models,
+        engines=engines,
+        device=options.device,
+        threads=options.threads,
+        precision=options.precision,
+    ) as segmenter:
+        LOG.info(
+            "models %s, device %s, precision %s, scans: %d",
+            segmenter.models,
+            segmenter.device,
+            segmenter.precision,
+            len(scans),
+        )
+        write_dataset(bids_dir, out_dir, source)
+        return _segment_all(segmenter, scans, out_dir, options, quiet=quiet)
+
+
 def _segment_all(
     segmenter: Segmenter, scans: Sequence[T2w], out_dir: Path, options: Options, *, quiet: bool
 ) -> list[Outcome]:
@@ -596,6 +686,7 @@ def _segment(
         # Also for one that was complete before: a run may have ended between the two.
         write_sidecars(scan, paths, outcome.description["notice"])
     except OutputError as error:
+        LOG.error("scan %s: failed, OutputError, exit code %d", outcome.id, error.exit_code)
         return dataclasses.replace(
             outcome, status="failed", exit_code=error.exit_code, error=str(error), description={}
         )

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from trtseg.errors import OutputError
+
+#: Age in seconds from which a temporary file that nobody holds is taken for abandoned: a day. No
+#: write takes that long, and clocks of file servers are less wrong than that.
+ABANDONED_AFTER = 86_400
 
 _CHUNK = 1 << 20
 
@@ -21,7 +29,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write `path` so that its name shows the old file, the new one, or nothing.
 
     A temporary file in the same folder is written, flushed to disk and renamed over `path`; on any
-    exception, KeyboardInterrupt included, it is removed.
+    exception, KeyboardInterrupt included, it is removed. A process that is killed outright leaves
+    its own behind: a later write to the same name removes it once it is a day old.
 
     Parameters
     ----------
@@ -38,14 +47,17 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     OutputError
         The folder cannot be written, or the disk is full.
     """
+    _sweep(path)
     # Named before it is made, so that an interrupt in between still finds what to remove.
-    temporary = path.parent / f".{path.name[:32]}.{secrets.token_hex(8)}.part"
+    temporary = path.parent / f"{_start(path)}{secrets.token_hex(8)}.part"
     try:
         with temporary.open("xb") as stream:
+            with contextlib.suppress(OSError):  # a file system without locks: no sweeping there
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # while the lock is held
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(
@@ -61,7 +73,40 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def atomic_write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON with sorted keys, atomically."""
     with atomic_write(path) as stream:
-        stream.write((json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+        stream.write(json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    """`data` as indented JSON with sorted keys, ASCII, as `atomic_write_json` writes it."""
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _start(path: Path) -> str:
+    """What the names of its temporary files start with; cut, for names have a longest length."""
+    return f".{path.name[:32]}."
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary files of `path` that killed writers left, as far as that is possible."""
+    ours = re.compile(re.escape(_start(path)) + r"[0-9a-f]{16}\.part")
+    with contextlib.suppress(OSError):
+        for found in path.parent.iterdir():
+            if ours.fullmatch(found.name):
+                _remove_abandoned(found)
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    """Remove a temporary file of this user that is old and that no process holds the lock of."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        # Writable, for some file systems give the lock on no other; a link or a pipe is not ours.
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(descriptor)
+        old = time.time() - found.st_mtime > ABANDONED_AFTER
+        if old and found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode):
+            temporary.unlink()
 
 
 def make_folder(path: Path) -> None:

@@ -70,6 +70,11 @@ VOXEL_SIZES_MM = (0.5, 1.2)
 #: Longest side of a voxel over its shortest that gives no warning.
 MAX_ANISOTROPY = 1.5
 
+#: Bytes after the last voxel that give no warning: so many fill a file up to a multiple of 16, the
+#: unit that the NIfTI-1 standard recommends for `vox_offset`. A wrong size in a header hides a row
+#: of voxels at least, which is more in every scan of use.
+MAX_PADDING = 15
+
 _SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img")
 _PAIR = {".hdr": ".img", ".img": ".hdr"}
 _CHUNK = 1 << 20
@@ -130,10 +135,11 @@ def read_scan(path: Path) -> Scan:
         `data` has shape (i, j, k), native byte order, and memory of its own: the stored integers
         or floats where the header does not scale them (`scl_slope` 0, not finite, or 1 with
         `scl_inter` 0), else float64. `warnings` has a line for a 4-D file of several volumes; for
-        a header without orientation, or whose unit is not the millimetre; for a coded qform and
-        sform that disagree (`form_conflict`); for voxel axes that are not at right angles; and
-        for voxels far from those the networks are known to work on (`VOXEL_SIZES_MM`,
-        `MAX_ANISOTROPY`).
+        a header whose `bitpix` is not that of its `datatype`; for a header without orientation, or
+        whose unit is not the millimetre; for a coded qform and sform that disagree
+        (`form_conflict`); for voxel axes that are not at right angles; for voxels far from those
+        the networks are known to work on (`VOXEL_SIZES_MM`, `MAX_ANISOTROPY`); and for more than
+        `MAX_PADDING` bytes after the last voxel that the header claims.
 
     Raises
     ------
@@ -439,9 +445,10 @@ def _read(path: Path) -> tuple[Scan, int]:
     header = _parse(header_path, block, single=header_path == data_path)
     with _open(data_path) as stream:
         _check_claim(data_path, header)
-        voxels = _first_volume(data_path, stream, header)
+        voxels, surplus = _first_volume(data_path, stream, header)
         data = _real(str(data_path), _as_voxels(voxels, header))
-    return Scan(data, header.geometry, header.warnings), header.volumes
+    warnings = (*header.warnings, *_surplus_warnings(surplus))
+    return Scan(data, header.geometry, warnings), header.volumes
 
 
 def _header_and_data(path: Path) -> tuple[Path, Path]:
@@ -553,6 +560,7 @@ def _parse(path: Path, block: bytes, *, single: bool) -> _Header:
             warnings=(
                 *_volume_warnings(volumes),
                 *notes,
+                *_type_warnings(dtype, int(stored["bitpix"])),
                 *_geometry_warnings(geometry, fixed.get_data_shape()[:3]),
             ),
         )
@@ -667,8 +675,11 @@ def _check_held(path: Path, header: _Header, size: int) -> None:
         )
 
 
-def _first_volume(path: Path, stream: io.BufferedIOBase, header: _Header) -> bytearray:
-    """The bytes of the first volume; the rest is read to its end, for the checksum, and dropped."""
+def _first_volume(path: Path, stream: io.BufferedIOBase, header: _Header) -> tuple[bytearray, int]:
+    """The bytes of the first volume, and how many there are after the last one.
+
+    All after the first volume is read to the end of the file, for the checksum, and dropped.
+    """
     voxels = bytearray()
     position = 0
     while chunk := stream.read(_CHUNK):
@@ -676,7 +687,7 @@ def _first_volume(path: Path, stream: io.BufferedIOBase, header: _Header) -> byt
         voxels += memoryview(chunk)[start : start + header.volume_bytes - len(voxels)]
         position += len(chunk)
     _check_held(path, header, position)
-    return voxels
+    return voxels, position - header.offset - header.claim
 
 
 def _as_voxels(voxels: bytearray, header: _Header) -> NDArray[Any]:
@@ -723,6 +734,26 @@ def _volume_warnings(volumes: int) -> tuple[str, ...]:
     if volumes == 1:
         return ()
     return (f"4-D file of {volumes} volumes: the first is segmented, as the published system does",)
+
+
+def _type_warnings(dtype: np.dtype[Any], bits: int) -> tuple[str, ...]:
+    """What to say of a header that gives the voxels' size twice, and not the same."""
+    if bits == 8 * dtype.itemsize:
+        return ()
+    return (
+        f"header of {dtype.name} voxels that says {bits} bits per voxel (bitpix), expected "
+        f"{8 * dtype.itemsize}: read as {dtype.name} (datatype), as nibabel reads it, so the "
+        "values may be wrong",
+    )
+
+
+def _surplus_warnings(surplus: int) -> tuple[str, ...]:
+    if surplus <= MAX_PADDING:
+        return ()
+    return (
+        f"{surplus} bytes after the voxels that the header claims, expected none: they are not "
+        "read, but the header may give too small a size or type, so look whether the scan is whole",
+    )
 
 
 def _geometry_warnings(geometry: Geometry, shape: tuple[int, int, int]) -> tuple[str, ...]:

@@ -68,8 +68,10 @@ class _Week:
 # Volumetric MRI: Normal Values at 19 to 37 Weeks' Gestation", Front. Neurosci. 16 (2022) 886083,
 # Table 1: 188 fetuses at 1.5 T, manual segmentation of slice-to-volume reconstructions. Total brain
 # volume without CSF, intracranial volume, cortical grey matter. The values were taken from a public
-# transcription; in it the printed parts add up to the printed totals within 0.2 % but for brain at
-# 28 weeks (2 %) and intracranial at 32, 34 and 35 weeks (1, 4 and 1 %).
+# transcription, ren2022_weekly_mean_sd.csv of github.com/ajoshiusc/fetal-brain-growth, and not seen
+# in the article itself. It says that the article prints the cortex of 37 weeks under a second 36,
+# which it reads as 37. In it the parts add up to the totals within 0.2 % but for brain at 28 weeks
+# (2 % less) and intracranial at 32, 34 and 35 weeks (1, 4 and 1 % more): MARGIN is far wider.
 _WEEKS = {
     19: _Week(29.33, 69.55, 3.05, 6.57, 0.43),
     20: _Week(37.63, 76.74, 2.13, 7.28, 0.48),

@@ -22,7 +22,13 @@ import numpy as np
 
 from trtseg import __version__
 from trtseg.errors import InputError, OutputError, UsageError
-from trtseg.files import atomic_write, atomic_write_json, sha256_bytes, sha256_file
+from trtseg.files import (
+    atomic_write,
+    atomic_write_json,
+    json_bytes,
+    sha256_bytes,
+    sha256_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtseg.engine import Engine
+    from trtseg.gpu_engine import GpuEngine
     from trtseg.qc import Qc
 
 #: Meaning of the fields; a change of meaning raises it, a new field does not.
@@ -138,7 +145,7 @@ class Result(Protocol):
 def request(
     *,
     inputs: Mapping[str, Path | NDArray[Any]],
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Engine | GpuEngine],
     models: str,
     device: str,
     precision: str,
@@ -187,7 +194,7 @@ def describe(
     *,
     inputs: Mapping[str, Path | NDArray[Any]],
     outputs: Mapping[str, Path],
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Engine | GpuEngine],
     qc: Qc,
     options: Mapping[str, Any],
     times: Mapping[str, float] | None = None,
@@ -202,7 +209,7 @@ def describe(
         ``"scan"``, and ``"mask"`` where one was given.
     outputs : mapping of str to Path
         What each written file holds, such as ``"cortex"``, to the file.
-    engines : mapping of str to Engine
+    engines : mapping of str to Engine or GpuEngine
         ``"bdn"`` and ``"cgm"``.
     qc : Qc
     options : mapping of str to None, bool, int, float, str or Path
@@ -324,11 +331,14 @@ def find_complete(
     -------
     dict or None
         The description, if it is of the same inputs, networks, version of trtseg, kind of device,
-        precision and options (those in `DECISIVE`), and each of `outputs` has the digest it says.
-        None where anything is missing, differs or cannot be read.
+        precision and options (those in `DECISIVE`), each of `outputs` has the digest it says, and
+        the sidecar has its seal and is, to the byte, as `write_sidecar` wrote it. None where
+        anything is missing, differs or cannot be read.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        found: dict[str, Any] = json.loads(content)
+        sealed = found.pop("seal") == _seal(found) and content == json_bytes(_sealed(found))
         same = _decisive(found) == _decisive(asked) and all(
             found["outputs"][role]["sha256"] == sha256_file(file) for role, file in outputs.items()
         )
@@ -336,7 +346,7 @@ def find_complete(
     # The last three are what reading a description of another shape raises.
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    return found if same and whole else None
+    return found if sealed and same and whole else None
 
 
 def _decisive(description: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -355,14 +365,31 @@ def scan_name(description: Mapping[str, Any]) -> str:
 
 
 def write_sidecar(path: Path, description: Mapping[str, Any]) -> None:
-    """Write a description as JSON, atomically.
+    """Write a description as JSON, atomically, with a seal over the rest of it.
+
+    The field `seal` is the SHA-256 of all other fields as JSON: keys sorted, no line breaks, what
+    is not ASCII escaped, ``", "`` and ``": "`` between items, as Python's ``json.dumps`` writes it.
+
+    Parameters
+    ----------
+    path : Path
+    description : mapping
+        From `complete` or `describe`.
 
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    atomic_write_json(path, description)
+    atomic_write_json(path, _sealed(description))
+
+
+def _sealed(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {**description, "seal": _seal(description)}
+
+
+def _seal(description: Mapping[str, Any]) -> str:
+    return sha256_bytes(json.dumps(description, sort_keys=True).encode())
 
 
 def write_lookup(path: Path, kind: str) -> None:
@@ -535,7 +562,7 @@ def _named(entry: dict[str, Any], path: Path, keep_names: bool) -> dict[str, Any
     return {**entry, "name": path.name} if keep_names else entry
 
 
-def _network(engine: Engine) -> dict[str, Any]:
+def _network(engine: Engine | GpuEngine) -> dict[str, Any]:
     manifest = engine.manifest
     return {
         # The part of a checkpoint, not its file name, which is the user's for unpublished ones.

@@ -21,6 +21,7 @@ import pytest
 from tests.faults.counts import ROOT, SLOW, count, run_child
 from tests.faults.strike import Checked, left_over
 from trtseg.errors import OutputError
+from trtseg.files import atomic_write
 
 PACKAGE = ROOT / "trtseg"
 
@@ -160,6 +161,40 @@ def test_file_in_place_of_the_folder(tmp_path: Path, scenario: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checked", "out"]
 
 
+# Several writers at once
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from trtseg.files import atomic_write
+folder, name = Path(sys.argv[1]), sys.argv[2]
+for turn in range(int(sys.argv[3])):
+    killed = folder / f".file.{int(name):08x}{turn:08x}.part"
+    killed.write_bytes(b"half")
+    os.utime(killed, (0, 0))
+    with atomic_write(folder / "file") as stream:
+        stream.write(name.encode() * 50_000)
+"""
+
+
+def test_writers_at_once_sweep_what_was_left_and_nothing_else(tmp_path: Path) -> None:
+    turns = str(count(50, 1000))
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), name, turns],
+            stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for name in "123"
+    ]  # fmt: skip
+    for writer in writers:
+        _, stderr = writer.communicate(timeout=120)
+        assert writer.returncode == 0, stderr
+    assert (tmp_path / "file").read_bytes() in {name * 50_000 for name in (b"1", b"2", b"3")}
+    with atomic_write(tmp_path / "file"):  # for what two of them wanted to sweep at once
+        pass
+    assert left_over(tmp_path) == []
+
+
 # All writing goes that way
 
 #: Module to how often it writes otherwise, and why that is no half-written result.
@@ -211,7 +246,8 @@ class Slow(gzip.GzipFile):
     def write(self, data):
         done = super().write(data)
         print("writing", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # in steps: a signal just before a long sleep would wait for its end
+            time.sleep(0.1)
         return done
 
 gzip.GzipFile = Slow

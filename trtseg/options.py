@@ -1,0 +1,84 @@
+"""Options that several commands have, each declared once; its default stands with each command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--models",
+        metavar="NAME",
+        help="Model set; default: the published one.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+]
+GaOption = Annotated[
+    float | None,
+    typer.Option(
+        "--ga",
+        metavar="WEEKS",
+        help="Gestational age, such as 27.4; the checks then go by that week.",
+        show_default=False,
+    ),
+]
+ReportOption = Annotated[
+    bool, typer.Option("--report", help="Write a page with pictures and all checks.")
+]
+ReorientOption = Annotated[
+    bool,
+    typer.Option(
+        "--reorient",
+        help="Run in RAS+ orientation, so that how a scan is stored does not matter; "
+        "default: as stored, as the published system does.",
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Leave out scans whose results are complete and intact.")
+]
+EnginesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--engines",
+        metavar="DIR",
+        help="Folder of built networks; default: engines/ in $TRTSEG_HOME, else in the clone, "
+        "else in the user's data folder.",
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="CPU threads; default: the cores this process may run on.",
+        show_default=False,
+    ),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="PRECISION",
+        help="On the CPU f32, which gives DeepMedic's labels, or bf16, faster, with a few "
+        "labels changed; on a GPU f16; default: f32 and f16.",
+        show_default=False,
+    ),
+]
+LogFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        metavar="FILE",
+        help="Add a log to the end of this file: times, stages, versions; no names.",
+        show_default=False,
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print warnings and errors only.")]
