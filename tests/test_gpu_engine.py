@@ -106,6 +106,15 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert [loaded.read(engine_file(batch)) for batch in (1, 4)] == [b"one tile", b"four tiles"]
 
 
+def test_layers_kept_in_float32_are_told(tmp_path: Path) -> None:
+    layers = {"normal.5": ["convolution"], "fc.2": ["activation", "convolution"]}
+    for engine in (write(tmp_path, float32_layers=layers), load(tmp_path)):
+        assert engine.summary.startswith(
+            "tensorrt_rtx 1.7.1, plain (fc.2, normal.5 in float32), batches 1, 4, "
+        )
+    assert "float32" not in write(tmp_path, float32_layers={}).summary
+
+
 def test_manifest(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["files"] == {

@@ -129,7 +129,9 @@ class GpuEngine(SealedNetwork):
         """By what, how and for which GPUs it was compiled, in one line."""
         library = "{name} {version}".format(**self.manifest["library"])
         batches = ", ".join(map(str, self.batches))
-        return f"{library}, {self.manifest['form']}, batches {batches}, {self._devices}"
+        kept = ", ".join(sorted(self.manifest.get("float32_layers", {})))
+        exceptions = kept and f" ({kept} in float32)"
+        return f"{library}, {self.manifest['form']}{exceptions}, batches {batches}, {self._devices}"
 
     @property
     def _devices(self) -> str:
@@ -293,7 +295,8 @@ def write_gpu_engine(
         ``frozen_sha256``; its digest is the cache key), ``checkpoint`` (file name to SHA-256),
         ``library`` (``name``, ``version``), ``compute_capabilities`` (list such as ``"8.6"``),
         optionally ``later_than`` (GPUs above this one will do as well), ``batches`` (ascending),
-        ``form``, ``precision``, ``cost`` (``multiply_adds`` and ``bytes`` of a tile), ``versions``,
+        ``form``, ``precision``, optionally ``float32_layers`` (layer to the list of its parts that
+        are kept in float32), ``cost`` (``multiply_adds`` and ``bytes`` of a tile), ``versions``,
         ``selftest`` (``labels_equal`` and ``largest_difference``: the limits) and ``notice``.
 
     Raises

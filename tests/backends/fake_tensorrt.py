@@ -11,8 +11,10 @@ from enum import Enum, IntEnum
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from tests.cuda.executors import Function, compute
-from tests.cuda.host_device import HostDevice
+from tests.cuda.host_device import HostDevice, view
 from trtseg.architecture import NetworkSpec
 from trtseg.backends.tensorrt_library import Library
 
@@ -102,6 +104,7 @@ class FakeTensorRT:
         self.contexts: list[Any] = []
         self.caches: list[bytes | None] = []  # what each cache was filled with
         self.logger: Any = None
+        self.products = 0  # matrix products that were enqueued
 
     @property
     def library(self) -> Library:
@@ -159,6 +162,25 @@ def engine_bytes(
     return json.dumps(
         {"batch": batch, "function": function, "scratch": scratch, "tensors": chosen}
     ).encode()
+
+
+def product_bytes(side: int = 32) -> bytes:
+    """A serialised engine of a matrix product."""
+    tensors = {
+        name: ["OUTPUT" if name == "product" else "INPUT", "HALF", [side, side]]
+        for name in ("one", "other", "product")
+    }
+    return json.dumps(
+        {"batch": side, "function": "product", "scratch": 512, "tensors": tensors}
+    ).encode()
+
+
+def multiply(side: int, addresses: dict[str, int]) -> None:
+    """What such an engine does."""
+    one, other, product = (
+        view(addresses[name], np.float16, (side, side)) for name in ("one", "other", "product")
+    )
+    product[...] = one @ other
 
 
 class _Runtime:
@@ -269,7 +291,11 @@ class _Context:
         assert self.device_memory
         if fake.fails("enqueue"):
             return False
-        function = fake.functions[self.data["function"]]
         addresses = dict(self.addresses)
+        if self.data["function"] == "product":
+            fake.products += 1
+            fake.device.submit(lambda: multiply(self.data["batch"], addresses))
+            return True
+        function = fake.functions[self.data["function"]]
         fake.device.submit(lambda: compute(function, fake.spec, self.data["batch"], addresses))
         return True

@@ -16,6 +16,7 @@ from tests.backends.fake_tensorrt import (
     Graphs,
     Validity,
     engine_bytes,
+    product_bytes,
 )
 from tests.cuda.executors import (
     SPEC,
@@ -85,6 +86,7 @@ def write(tmp_path: Path) -> Writer:
             spec=SPEC,
             files={
                 **files,
+                "ceiling.engine": product_bytes(),
                 "selftest.npz": selftest(answer or function),
                 "kernels.ptx": b"ptx",
                 "kernels.fatbin": b"code",
@@ -92,6 +94,8 @@ def write(tmp_path: Path) -> Writer:
             facts={
                 "recipe": {"frozen_sha256": "0"},
                 "checkpoint": {},
+                "cost": {"multiply_adds": 10, "bytes": 20},
+                "versions": {"trtseg": "1"},
                 "library": {"name": library, "version": "9.8.7"},
                 "compute_capabilities": ["8.6"],
                 "batches": batches,
@@ -473,3 +477,41 @@ def test_a_library_without_a_cache_writes_none(device, write):
     engine = write("bdn", library="tensorrt")
     TensorRTBackend(library=fake.library, device=device).load(engine)
     assert not cache_of(engine).exists()
+
+
+# What the device can do
+
+
+@pytest.fixture
+def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SIDE", 32)
+    monkeypatch.setattr(module, "COPY_BYTES", 4096)
+
+
+@pytest.mark.usefixtures("_small_ceilings")
+def test_ceilings(backend, fake, device):
+    before = device.buffers
+    found = backend.ceilings()
+    # 3 products to warm up and 20 that count; the double's clock ticks 1e-6 s for each piece of
+    # work: each product and each copy is one, and the mark at the end another.
+    assert fake.products == 23
+    assert found.operations_per_second == pytest.approx(2 * 32**3 / (21e-6 / 20))
+    assert found.bytes_per_second == pytest.approx(2 * 4096 / (21e-6 / 20))
+    assert device.buffers == before
+
+
+@pytest.mark.usefixtures("_small_ceilings")
+def test_no_room_for_ceilings(backend, device, monkeypatch):
+    before = device.buffers
+    monkeypatch.setattr(module, "COPY_BYTES", device.capacity)
+    with pytest.raises(OutOfDeviceMemory, match="the measurement of the GPU's ceilings"):
+        backend.ceilings()
+    assert device.buffers == before
+
+
+def test_memory_taken_on_the_device(backend, device):
+    taken = backend.device_bytes
+    with device.active():
+        address = device.allocate(1000)
+        assert backend.device_bytes == taken + 1000
+        device.free(address)

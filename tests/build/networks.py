@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from trtseg.architecture import NetworkSpec, PathwaySpec
 from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.variables import network_variables
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -100,6 +102,18 @@ def random_variables(spec: NetworkSpec, seed: int = 0) -> Arrays:
             values = rng.normal(0, 0.3, shape)
         variables[name] = values.astype(np.float32)
     return variables
+
+
+def enlarge(network: FrozenNetwork, name: str, number: int, factor: float) -> FrozenNetwork:
+    """Multiply the weights of layer `number` (1-based) of a sequence, and divide the next one's."""
+    names = [*(one.name for one in network.spec.pathways), "fc"]
+    sequences = dict(zip(names, [*network.pathways, network.fc], strict=True))
+    layers = list(sequences[name])
+    for place, by in ((number - 1, factor), (number, 1 / factor)):
+        layers[place] = replace(layers[place], weight=layers[place].weight * np.float32(by))
+    sequences[name] = tuple(layers)
+    *pathways, fc = sequences.values()
+    return replace(network, pathways=tuple(pathways), fc=fc)
 
 
 def random_inputs(spec: NetworkSpec, seed: int = 0) -> Arrays:

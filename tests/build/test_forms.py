@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from tests.build.networks import (
     ARCHITECTURES,
     TINY,
+    enlarge,
     random_inputs,
     random_variables,
     run_graph,
@@ -16,8 +15,8 @@ from trtseg.architecture import PUBLISHED, NetworkSpec
 from trtseg.build import forms
 from trtseg.build.forms import FORMS, cost, default_form, form_graph, pad_channels
 from trtseg.build.freeze import FrozenNetwork, freeze
-from trtseg.build.graph import plain, read_graph
-from trtseg.errors import EngineError, UsageError
+from trtseg.build.graph import kept_layers, plain, read_graph
+from trtseg.errors import UsageError
 
 
 def frozen(spec: NetworkSpec, seed: int = 2) -> FrozenNetwork:
@@ -108,11 +107,29 @@ def test_half_precision_but_for_the_last_layer(form: str) -> None:
     assert set(casts[:-1]) == {"normal", "sub3"}
 
 
-def test_a_weight_beyond_float16_is_refused() -> None:
-    network = frozen(TINY)
-    first, *others = network.pathways[0]
-    large = replace(first, weight=first.weight * np.float32(1e6))
-    network = replace(network, pathways=((large, *others), *network.pathways[1:]))
-    form_graph(network, "plain", half=False)
-    with pytest.raises(EngineError, match=r"normal\.1\.weight.*65504.*--device cpu"):
-        form_graph(network, "plain")
+@pytest.mark.parametrize("form", FORMS)
+def test_what_reads_a_weight_beyond_float16_is_in_float32(form: str) -> None:
+    network = enlarge(frozen(TINY), "normal", 1, 1e6)
+    content = read_graph(form_graph(network, form))
+    assert kept_layers(content.operations) == {"normal.1": ["convolution"]}
+    weight = content.constants["normal.1.weight.float32"]
+    assert weight.dtype == np.float32
+    assert np.abs(weight).max() > 65504
+    assert "normal.1.weight" not in content.constants
+    assert content.constants["normal.2.weight"].dtype == np.float16
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spec", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_all_kept_in_float32_is_float32_but_for_the_inputs(spec: NetworkSpec, form: str) -> None:
+    network = frozen(spec)
+    results = [one.output for one in read_graph(form_graph(network, form)).operations]
+    content = form_graph(network, form, wide=results)
+    inputs = {
+        name: tile.astype(np.float16).astype(np.float32)
+        for name, tile in random_inputs(spec, seed=2).items()
+    }
+    logits = run_graph(content, inputs)
+    np.testing.assert_allclose(logits, run_graph(plain(network), inputs), rtol=0, atol=1e-5)
+    kinds = {value.dtype for value in read_graph(content).constants.values()}
+    assert np.float16 not in kinds

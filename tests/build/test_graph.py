@@ -8,6 +8,7 @@ import pytest
 
 from tests.build.networks import (
     ARCHITECTURES,
+    ONE_LAYER,
     TINY,
     probability,
     random_inputs,
@@ -17,8 +18,9 @@ from tests.build.networks import (
 from trtseg.architecture import PUBLISHED, NetworkSpec
 from trtseg.build import graph
 from trtseg.build.freeze import freeze
+from trtseg.build.graph import Graph, GraphContent, kept_layers, read_graph
 from trtseg.build.reference import evaluate
-from trtseg.errors import MissingExtraError
+from trtseg.errors import EngineError, MissingExtraError
 
 
 def shape_of(port: onnx.ValueInfoProto) -> list[str | int]:
@@ -80,3 +82,104 @@ def test_without_onnx_the_pip_command_is_given(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(MissingExtraError) as caught:
             attempt()
         assert caught.value.action == "pip install 'trtseg[build]'"
+
+
+def chain(scale: float = 0.1, wide: tuple[str, ...] = ()) -> bytes:
+    """In half precision: x times a scale, plus a shift, plus x."""
+    graph = Graph(half=True, wide=wide)
+    x = graph.narrow(graph.add_input("x", (2,)))
+    scaled = graph.node("Mul", [x, graph.constant("scale", np.array([scale]))], label="a.1")
+    shifted = graph.node("Add", [scaled, graph.constant("shift", np.array([0.1]))], label="a.1")
+    total = graph.node("Add", [shifted, x], label="a.2")
+    graph.add_output("y", graph.widen(total))
+    return graph.serialise()
+
+
+def links(content: GraphContent) -> list[tuple[str, ...]]:
+    return [(one.output, *one.inputs) for one in content.operations]
+
+
+def types(content: GraphContent) -> dict[str, str]:
+    return {name: str(value.dtype) for name, value in content.constants.items()}
+
+
+def test_a_graph_of_half_precision_is_cast_at_its_ends() -> None:
+    content = read_graph(chain())
+    assert links(content) == [
+        ("cast_0", "x"),
+        ("mul_1", "cast_0", "scale"),
+        ("add_2", "mul_1", "shift"),
+        ("add_3", "add_2", "cast_0"),
+        ("cast_4", "add_3"),
+        ("y", "cast_4"),
+    ]
+    assert types(content) == {"scale": "float16", "shift": "float16"}
+    assert kept_layers(content.operations) == {}
+
+
+def test_an_operation_kept_in_float32_is_cast_around() -> None:
+    content = read_graph(chain(wide=("mul_1",)))
+    assert links(content) == [
+        ("cast_0", "x"),
+        ("cast_0.float32", "cast_0"),
+        ("mul_1", "cast_0.float32", "scale.float32"),
+        ("mul_1.float16", "mul_1"),
+        ("add_2", "mul_1.float16", "shift"),
+        ("add_3", "add_2", "cast_0"),
+        ("cast_4", "add_3"),
+        ("y", "cast_4"),
+    ]
+    assert types(content) == {"scale.float32": "float32", "shift": "float16"}
+    # As it was, not by way of float16.
+    assert content.constants["scale.float32"].tolist() == [np.float32(0.1)]
+    assert kept_layers(content.operations) == {"a.1": ["activation"]}
+
+
+def test_what_reads_a_result_beyond_float16_is_kept_too() -> None:
+    content = read_graph(chain(wide=("mul_1", "mul_1.float16", "add_3")))
+    assert links(content) == [
+        ("cast_0", "x"),
+        ("cast_0.float32", "cast_0"),
+        ("mul_1", "cast_0.float32", "scale.float32"),
+        ("add_2", "mul_1", "shift.float32"),
+        ("add_3", "add_2", "cast_0.float32"),
+        ("cast_4", "add_3"),
+        ("y", "cast_4"),
+    ]
+    assert types(content) == {"scale.float32": "float32", "shift.float32": "float32"}
+    assert kept_layers(content.operations) == {"a.1": ["activation"], "a.2": ["sum"]}
+
+
+def test_what_reads_a_weight_beyond_float16_is_kept() -> None:
+    content = read_graph(chain(scale=65520.0))
+    assert kept_layers(content.operations) == {"a.1": ["activation"]}
+    assert types(content) == {"scale.float32": "float32", "shift": "float16"}
+    assert content.constants["scale.float32"].tolist() == [65520.0]
+    # Rounds to 65504.
+    assert kept_layers(read_graph(chain(scale=65519.0)).operations) == {}
+
+
+def test_a_constant_is_stored_as_each_of_its_readers_needs_it() -> None:
+    graph = Graph(half=True, wide=["add_2"])
+    one = graph.constant("one", np.ones(1))
+    x = graph.narrow(graph.add_input("x", (2,)))
+    graph.add_output("y", graph.widen(graph.node("Add", [graph.node("Add", [x, one]), one])))
+    content = read_graph(graph.serialise())
+    assert types(content) == {"one.float32": "float32", "one": "float16"}
+    assert [one.kept for one in content.operations if one.kind == "Add"] == ["", "activation"]
+
+
+def test_names_that_are_no_results_in_half_precision_change_nothing() -> None:
+    expected = chain()
+    for name in ("unheard_1", "cast_0", "cast_4", "y", "x"):
+        assert chain(wide=(name,)) == expected
+
+
+def test_kept_results_do_not_change_a_graph_in_float32() -> None:
+    network = freeze(random_variables(ONE_LAYER), ONE_LAYER)
+    assert graph.plain(network, wide=["conv_0", "conv_0.float16"]) == graph.plain(network)
+
+
+def test_a_weight_beyond_float32_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"big: a weight of 1e\+39.*3\.4.*float32"):
+        Graph(half=True).constant("big", np.array([1e39]))

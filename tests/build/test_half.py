@@ -8,6 +8,7 @@ import pytest
 from tests.build.networks import (
     ARCHITECTURES,
     TINY,
+    enlarge,
     probability,
     random_inputs,
     random_variables,
@@ -19,8 +20,8 @@ from trtseg.architecture import NetworkSpec
 from trtseg.backends.openvino import OpenVINOBackend
 from trtseg.build.forms import FORMS, form_graph
 from trtseg.build.freeze import FrozenNetwork, freeze
-from trtseg.build.graph import Graph, plain
-from trtseg.build.half import LARGEST_HALF, Evaluator, HalfNetwork
+from trtseg.build.graph import Graph, kept_layers, plain, read_graph
+from trtseg.build.half import LARGEST_HALF, Evaluator, Fit, HalfNetwork, fit
 from trtseg.build.parts import parts
 from trtseg.engine import load_engine
 from trtseg.nifti import read_scan
@@ -71,6 +72,95 @@ def test_what_leaves_the_range_is_infinite_and_told() -> None:
     result, largest = run_half(graph, graph.node("Mul", [x, x]), np.array([-300.0, 2.0]))
     assert result.tolist() == [np.inf, 4]
     assert max(largest.values()) == 90000.0 > LARGEST_HALF
+
+
+def test_what_is_kept_in_float32_is_not_rounded() -> None:
+    graph = Graph(half=True, wide=["mul_1", "mul_1.float16"])
+    x = graph.narrow(graph.add_input("x", (2,)))
+    square = graph.node("Mul", [x, x])
+    small = graph.node("Mul", [square, graph.constant("c", np.full(1, 0.1))])
+    result, largest = run_half(graph, small, np.array([-300.0, 3.0]))
+    np.testing.assert_array_equal(result, np.float32([90000, 9]) * np.float32(0.1))
+    assert largest == {"cast_0": 300.0}
+    assert Evaluator(graph.serialise()).run({"x": np.float32([-300, 3])}).kept == {
+        "mul_1": 90000.0,
+        "mul_2": 9000.0,
+    }
+
+
+def fit_tiny(network: FrozenNetwork, form: str) -> Fit:
+    inputs = {name: tile[None] for name, tile in random_inputs(TINY, seed=4).items()}
+    return fit(lambda wide: form_graph(network, form, batch=1, wide=wide), inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_within_the_range_nothing_is_kept_in_float32(form: str) -> None:
+    fitted = fit_tiny(freeze(random_variables(TINY, seed=4), TINY), form)
+    assert (fitted.wide, fitted.layers) == (frozenset(), {})
+    assert fitted.convolutions == {"plain": 10, "transposed": 11}[form.rstrip("8")]
+
+
+#: Name and number of the layer enlarged, by how much, and what is kept in float32 in either form.
+SECOND = ["activation", "convolution"]
+PARTED = {"fc.1.normal": ["convolution"], "fc.1.sub3": ["convolution"], "fc.1": ["sum"]}
+LARGE = {
+    "an activation": (
+        ("sub3", 3, 5e4),
+        {"sub3.3": ["convolution"], "sub3.4": SECOND},
+        {"sub3.3": ["convolution"], "sub3.4": SECOND},
+    ),
+    "weights": (
+        ("fc", 1, 1e6),
+        {"fc.1": ["convolution"], "fc.2": SECOND},
+        {**PARTED, "fc.2": SECOND},
+    ),
+    # The last layer is in float32 at any rate.
+    "before the last layer": (
+        ("fc", 2, 5e4),
+        {"fc.2": ["convolution", "sum"]},
+        {"fc.2": ["convolution", "sum"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("layer", "plainly", "parted"), LARGE.values(), ids=LARGE)
+def test_only_what_leaves_the_range_is_kept_in_float32(
+    layer: tuple[str, int, float],
+    plainly: dict[str, list[str]],
+    parted: dict[str, list[str]],
+    form: str,
+) -> None:
+    network = enlarge(freeze(random_variables(TINY, seed=4), TINY), *layer)
+    fitted = fit_tiny(network, form)
+    assert fitted.layers == (parted if form.startswith("transposed") else plainly)
+    assert max(fitted.evaluation.largest.values()) < 100
+    assert max(fitted.evaluation.kept.values()) > LARGEST_HALF
+    expected = run_graph(plain(network), random_inputs(TINY, seed=4))
+    # As near as float16 is without such a layer.
+    difference = np.abs(probability(fitted.evaluation.result[0]) - probability(expected))
+    assert 1e-5 < difference.max() < 5e-3
+    # The same for any batch, and by the library that runs graphs.
+    content = form_graph(network, form, batch=2, wide=fitted.wide)
+    assert kept_layers(read_graph(content).operations) == fitted.layers
+    logits = run_graph(form_graph(network, form, wide=fitted.wide), random_inputs(TINY, seed=4))
+    np.testing.assert_allclose(probability(logits), probability(expected), rtol=0, atol=5e-3)
+
+
+def test_what_leaves_the_range_by_rounding_behind_an_overflow_is_kept_too() -> None:
+    def build(wide: frozenset[str]) -> bytes:
+        graph = Graph(half=True, wide=wide)
+        value = graph.narrow(graph.add_input("x", (1,)))
+        # 131072, then 1; then 1.0004885, in float16 1.0009765625: 65503.98, or 65535.9375.
+        for number, factor in enumerate((2.0**17, 2.0**-17, 1.0004885, 65472.0)):
+            constant = graph.constant(f"c{number}", np.full(1, factor))
+            value = graph.node("Mul", [value, constant])
+        graph.add_output("y", graph.widen(value))
+        return graph.serialise()
+
+    fitted = fit(build, {"x": np.ones(1, np.float32)})
+    assert fitted.wide == {"mul_1", "mul_1.float16", "mul_4"}
+    assert fitted.evaluation.result.tolist() == [65535.9375]
 
 
 @pytest.mark.parametrize("form", FORMS)

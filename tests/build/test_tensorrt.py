@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.build.networks import TINY, random_variables
+from tests.build.networks import TINY, enlarge, random_inputs, random_variables
 from trtseg import __version__
 from trtseg.architecture import PUBLISHED
 from trtseg.backends.openvino import OpenVINOBackend
@@ -19,8 +19,11 @@ from trtseg.backends.tensorrt_library import Library, installed_libraries, open_
 from trtseg.build import graph, tensorrt
 from trtseg.build.forms import FORMS, form_graph
 from trtseg.build.freeze import FrozenNetwork, freeze
+from trtseg.build.graph import kept_layers, read_graph
+from trtseg.build.half import fit
 from trtseg.build.parts import parts
 from trtseg.build.tensorrt import (
+    BuiltEngine,
     build_engine,
     build_gpu_models,
     inspect_engine,
@@ -270,7 +273,14 @@ def test_both_networks_are_compiled_whole(build: Build, root: Path) -> None:
     assert sorted(stamps(root)) == [
         f"tiny/{net}/cuda/{name}"
         for net in SEEDS
-        for name in ("b1.engine", "b2.engine", "kernels.ptx", "manifest.json", "selftest.npz")
+        for name in (
+            "b1.engine",
+            "b2.engine",
+            "ceiling.engine",
+            "kernels.ptx",
+            "manifest.json",
+            "selftest.npz",
+        )
     ]
     assert compiler.calls == 1
     assert said == [
@@ -406,12 +416,89 @@ def test_a_build_of_another_checkpoint_is_refused(
     assert stamps(root) == {}
 
 
-def test_what_leaves_float16s_range_is_refused(build: Build, root: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "layer", [("sub3", 3, 1e5), ("fc", 1, 1e6), ("fc", 2, 1e6)], ids=lambda layer: layer[0]
+)
+def test_layers_in_float32_compile_in_every_form(
+    library: Library, form: str, layer: tuple[str, int, float]
+) -> None:
+    network = enlarge(frozen(1), *layer)
+    inputs = {name: tile[None] for name, tile in random_inputs(TINY).items()}
+    fitted = fit(lambda wide: form_graph(network, form, batch=1, wide=wide), inputs)
+    content = form_graph(network, form, batch=2, wide=fitted.wide)
+    report = layer_report(build_engine(library, content, detailed=True))
+    # A line for every kernel; convolutions are correlations there, and biases always float32.
+    kernels = [
+        line.split("Inputs: ")[1].split("Constants: ")[0]
+        for line in report.splitlines()
+        if "LayerType: correlation" in line or "LayerType: deconv" in line
+    ]
+    single = [line for line in kernels if "atatype: Float" in line]
+    assert 0 < len(single) < len(kernels)
+
+
+def test_a_layer_beyond_float16s_range_is_kept_in_float32(
+    build: Build, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[bytes] = []
+
+    def compile_one(library: Library, content: bytes, **options: Any) -> BuiltEngine:
+        compiled.append(content)
+        return build_engine(library, content, **options)
+
+    monkeypatch.setattr(tensorrt, "build_engine", compile_one)
+    network = enlarge(frozen(1), "sub3", 3, 1e6)
+    put_network(root, "bdn", network)
+    said: list[str] = []
+    bdn, cgm = build(form="plain8", batches=(1, 2), report=said.append)
+    kept = [line for line in said if "kept" in line]
+    assert kept == [
+        "BDN: kept in float32, beyond float16's range: sub3.3 (convolution), "
+        "sub3.4 (activation, convolution)"
+    ]
+    assert bdn.manifest["float32_layers"] == {
+        "sub3.3": ["convolution"],
+        "sub3.4": ["activation", "convolution"],
+    }
+    assert cgm.manifest["float32_layers"] == {}
+    assert "plain8 (sub3.3, sub3.4 in float32), batches 1, 2" in bdn.summary
+    assert "float32" not in cgm.summary
+    # No further from float32 than without that layer.
+    evidence = bdn.manifest["float16_on_cpu"]
+    assert 0.99 < evidence["labels_equal"] <= 1
+    assert 1e-5 < evidence["largest_difference"] < 0.05
+    assert evidence["largest_activation"] < 100
+    # And so it is compiled, for every batch.
+    first = [read_graph(content) for content in compiled[1:3]]
+    assert [one.constants["sub3.3.weight.float32"].dtype for one in first] == [np.float32] * 2
+    assert all(kept_layers(one.operations) == bdn.manifest["float32_layers"] for one in first)
+    assert all(kept_layers(read_graph(one).operations) == {} for one in compiled[3:])
+
+
+def test_a_network_that_leaves_float16s_range_throughout_is_refused(
+    build: Build, root: Path
+) -> None:
+    network = frozen(1)
+    pathways = tuple(
+        (replace(first, weight=first.weight * np.float32(1e9)), *others)
+        for first, *others in network.pathways
+    )
+    put_network(root, "bdn", replace(network, pathways=pathways))
+    with pytest.raises(
+        EngineError,
+        match=r"tiny BDN: activations reach .*with 0 convolutions in float16.*65504.*--device cpu",
+    ):
+        build()
+    assert stamps(root) == {}
+
+
+def test_a_network_beyond_float32_is_refused(build: Build, root: Path) -> None:
     network = frozen(1)
     first, second, *others = network.pathways[0]
-    large = [replace(one, weight=one.weight * np.float32(1e4)) for one in (first, second)]
+    large = [replace(one, weight=one.weight * np.float32(1e25)) for one in (first, second)]
     put_network(root, "bdn", replace(network, pathways=((*large, *others), *network.pathways[1:])))
-    with pytest.raises(EngineError, match=r"tiny BDN: an activation reaches .*65504.*--device cpu"):
+    with pytest.raises(EngineError, match=r"tiny BDN: activations reach .*expected finite logits"):
         build()
     assert stamps(root) == {}
 

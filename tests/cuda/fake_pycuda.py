@@ -185,6 +185,7 @@ class FakePycuda:
             module_from_buffer=module_from_buffer,
             memcpy_htod_async=lambda to, source, stream: fake.call("htod", to, len(source)),
             memcpy_dtoh_async=lambda target, source, stream: fake.call("dtoh", len(target), source),
+            memcpy_dtod_async=lambda to, source, size, stream: fake.call("dtod", to, source, size),
             memset_d8_async=lambda to, value, size, stream: fake.call("memset", to, value, size),
         )
         return module

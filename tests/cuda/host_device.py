@@ -130,6 +130,9 @@ class HostDevice:
         assert any(self._within(target, one) for one in self._pinned.values())
         self.submit(lambda: ctypes.memmove(target.ctypes.data, address, target.nbytes))
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.submit(lambda: ctypes.memmove(target, source, size))
+
     def zero(self, address: int, size: int) -> None:
         self.submit(lambda: ctypes.memset(address, 0, size))
 

@@ -14,6 +14,12 @@ from trtseg.cuda.launches import Launch
 from trtseg.errors import DeviceError, EngineError
 
 
+@pytest.fixture(autouse=True)
+def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's library that can be loaded: this process itself."""
+    monkeypatch.setattr("trtseg.cuda.device.DRIVER", None)
+
+
 @pytest.fixture
 def pycuda(monkeypatch: pytest.MonkeyPatch) -> FakePycuda:
     return FakePycuda(monkeypatch)
@@ -37,6 +43,13 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
     monkeypatch.syspath_prepend(folder)
     for name in ("pycuda", "pycuda.driver"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_no_driver_comes_before_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    monkeypatch.setattr("trtseg.cuda.device.DRIVER", "libnone.so.1")
+    with pytest.raises(DeviceError, match=r"driver is missing \(libnone\.so\.1 cannot be loaded"):
+        CudaDevice()
 
 
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +245,7 @@ def test_launch(pycuda: FakePycuda, device: CudaDevice, threads: int, blocks: in
 
 
 ACTIONS = {
+    "dtod": lambda device, host, event: device.copy(0x2000, 0x1000, 10),
     "htod": lambda device, host, event: device.upload(0x2000, host),
     "dtoh": lambda device, host, event: device.download(host, 0x4000),
     "memset": lambda device, host, event: device.zero(0x3000, 7),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 #: Called with the number of tiles just finished.
 Progress = Callable[[int], None]
+
+
+class ChainProgress(Protocol):
+    """Told of the tiles of each network as they finish."""
+
+    def __call__(self, network: str, done: int, total: int) -> None:
+        """`done` of `total` tiles of ``"bdn"`` or ``"cgm"`` are finished."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,67 @@ class NetworkOutput:
     probabilities: NDArray[np.float32] | None
 
 
+@dataclass(frozen=True)
+class ChainOutput:
+    """What both networks say of a scan.
+
+    Attributes
+    ----------
+    brain, cortex : NetworkOutput
+        Labels, and probabilities where asked for; the cortex's are gated. The brain has no
+        probabilities where its mask was given. The caller owns the arrays.
+    brain_voxels, cortex_voxels : int
+        Labels that are 1.
+    times : mapping of str to float
+        Seconds of each stage, in the order they ran.
+    """
+
+    brain: NetworkOutput
+    cortex: NetworkOutput
+    brain_voxels: int
+    cortex_voxels: int
+    times: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was executed.
+
+    Attributes
+    ----------
+    multiply_adds : int
+    bytes : int
+        Activations read and written, each layer on its own.
+    """
+
+    multiply_adds: int
+    bytes: int
+
+    def __add__(self, other: Work) -> Work:
+        """The sum of both."""
+        return Work(self.multiply_adds + other.multiply_adds, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Work:
+        """The same, that many times."""
+        return Work(times * self.multiply_adds, times * self.bytes)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reached at its best, measured.
+
+    Attributes
+    ----------
+    operations_per_second : float
+        Two for each multiply-add of one large product.
+    bytes_per_second : float
+        Read and written by one large copy.
+    """
+
+    operations_per_second: float
+    bytes_per_second: float
+
+
 class Network(Protocol):
     """One loaded network."""
 
@@ -50,17 +118,43 @@ class Network(Protocol):
     ) -> NetworkOutput:
         """Run the planned tiles over a z-scored volume of shape ``plan.shape``."""
 
+    def work(self, volume: NDArray[np.float32], plan: TilePlan) -> Work:
+        """What `run` executes."""
+
 
 class Backend(Protocol):
     """A device and the library that drives it; ``close`` frees what it holds."""
 
     device: str
+    precision: str
+
+    @property
+    def description(self) -> str:
+        """The device and the library, for people."""
 
     def load(self, engine: Engine) -> Network:
         """Load a built network."""
 
+    def ceilings(self) -> Ceilings:
+        """Measure what the device reaches at its best; takes seconds."""
+
     def close(self) -> None:
         """Free the device; loaded networks are unusable afterwards."""
+
+
+def network_progress(progress: ChainProgress | None, net: str, total: int) -> Progress | None:
+    """What one network tells of its tiles, told as the chain does; says at once that 0 are done."""
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(tiles: int) -> None:
+        nonlocal done
+        done += tiles
+        progress(net, done, total)
+
+    advance(0)
+    return advance
 
 
 def logistic(logit: NDArray[np.float32]) -> NDArray[np.float32]:

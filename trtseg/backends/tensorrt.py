@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trtseg.backends.base import NetworkOutput
+from trtseg.backends.base import ChainOutput, NetworkOutput
 from trtseg.backends.tensorrt_library import Messages, open_library
-from trtseg.cuda.chain import Chain, ChainOutput
+from trtseg.cuda.ceilings import COPY_BYTES, SIDE, measure, product_tensors
+from trtseg.cuda.chain import Chain
 from trtseg.cuda.device import CudaDevice, OutOfDeviceMemory
 from trtseg.errors import DeviceError, EngineError, OutputError
 from trtseg.files import atomic_write
-from trtseg.gpu_engine import engine_file, gpu_build_command, read_owned
+from trtseg.gpu_engine import CEILING, engine_file, gpu_build_command, read_owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
-    from trtseg.backends.base import Progress
+    from trtseg.backends.base import Ceilings, ChainProgress, Progress
     from trtseg.backends.tensorrt_library import Library
     from trtseg.cuda.device import Device
     from trtseg.gpu_engine import GpuEngine
     from trtseg.tiling import TilePlan
 
 _Result = TypeVar("_Result")
+
+#: Mode, dtype and shape of an engine's tensor.
+Tensor = tuple[str, str, tuple[int, ...]]
 
 
 class TensorRTBackend:
@@ -68,6 +72,7 @@ class TensorRTBackend:
         try:
             self._logger = self._library.logger(self._messages)
             with self._gpu.active():
+                self._free = self._gpu.memory()[0]
                 self._runtime = self._make_runtime()
                 self._chain = Chain(self._gpu)
         except DeviceError:
@@ -111,7 +116,7 @@ class TensorRTBackend:
         *,
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: ChainProgress | None = None,
     ) -> ChainOutput:
         """Run both loaded networks over a scan, all on the GPU; see `trtseg.cuda.chain.Chain`.
 
@@ -152,6 +157,28 @@ class TensorRTBackend:
                 progress=progress,
             )
         )
+
+    def ceilings(self) -> Ceilings:
+        """Measure what the GPU reaches at its best; a network must be loaded.
+
+        Raises
+        ------
+        EngineError, DeviceError
+            As for `load`.
+        """
+        engine = next(iter(self._networks.values())).engine
+        with self._gpu.active():
+            session = Session(engine, CEILING, product_tensors(SIDE), **self._means())
+            try:
+                return measure(self._gpu, session, side=SIDE, copy_bytes=COPY_BYTES)
+            finally:
+                session.close()
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory taken since the device was opened, by whomever."""
+        with self._gpu.active():
+            return self._free - self._gpu.memory()[0]
 
     def run(
         self,
@@ -236,15 +263,17 @@ class TensorRTBackend:
                 if position == len(batches):
                     raise
 
-    def _open(self, engine: GpuEngine, batch: int) -> Session:
-        session = Session(
-            engine,
-            batch,
-            library=self._library,
-            runtime=self._runtime,
-            messages=self._messages,
-            device=self._gpu,
-        )
+    def _means(self) -> dict[str, Any]:
+        """What every session needs."""
+        return {
+            "library": self._library,
+            "runtime": self._runtime,
+            "messages": self._messages,
+            "device": self._gpu,
+        }
+
+    def _open(self, engine: GpuEngine, batch: int) -> NetworkSession:
+        session = NetworkSession(engine, batch, **self._means())
         try:
             inputs, _ = engine.selftest()
             for logits in self._chain.evaluate(session, inputs):
@@ -269,10 +298,10 @@ class TensorRTNetwork:
         self.engine = engine
         self.spec: NetworkSpec = engine.spec
         self._backend = backend
-        self._session: Session | None = None
+        self._session: NetworkSession | None = None
 
     @property
-    def session(self) -> Session:
+    def session(self) -> NetworkSession:
         """What runs it at present."""
         if self._session is None:
             raise DeviceError(
@@ -283,7 +312,7 @@ class TensorRTNetwork:
         return self._session
 
     @session.setter
-    def session(self, session: Session) -> None:
+    def session(self, session: NetworkSession) -> None:
         self._session = session
 
     @property
@@ -310,15 +339,17 @@ class TensorRTNetwork:
 
 
 class Session:
-    """One engine file, deserialised and ready; a `trtseg.cuda.chain.Executor`.
+    """One engine file, deserialised and ready.
 
     It owns the library's engine and execution context, but no memory for tensors and scratch.
 
     Parameters
     ----------
     engine : GpuEngine
-    batch : int
-        Tiles of a batch; the file is ``b<batch>.engine``.
+    file : str
+        Which of its files.
+    tensors : mapping
+        Name to mode, dtype and shape of the tensors it must have.
     library : Library
     runtime : object
         The library's runtime.
@@ -330,7 +361,7 @@ class Session:
     Raises
     ------
     EngineError
-        The library refuses the engine, or it has other tensors than the network's.
+        The library refuses the engine, or it has other tensors.
     OutOfDeviceMemory
         It does not fit.
     DeviceError
@@ -340,28 +371,27 @@ class Session:
     def __init__(
         self,
         engine: GpuEngine,
-        batch: int,
+        file: str,
+        tensors: Mapping[str, Tensor],
         *,
         library: Library,
         runtime: Any,
         messages: Messages,
         device: Device,
     ) -> None:
-        self.net = engine.net
-        self.spec = engine.spec
-        self.batch = batch
-        self.name = str(engine.folder / engine_file(batch))
+        self.name = str(engine.folder / file)
+        self._file = file
         self._engine = engine
         self._library = library
         self._messages = messages
         self._device = device
         messages.lines.clear()
-        content = engine.read(engine_file(batch))
+        content = engine.read(file)
         self._check_valid(runtime, content)
         self._cuda_engine = runtime.deserialize_cuda_engine(content)
         if self._cuda_engine is None:
             raise self._refused(None, "load it")
-        self._check_tensors()
+        self._check_tensors(tensors)
         self.scratch_bytes = _scratch_bytes(self._cuda_engine)
         self._cache: Any = None
         self._cache_is_new = False
@@ -421,8 +451,7 @@ class Session:
         reasons = [name for name, one in named.items() if int(one) & int(diagnostics)]
         raise self._refused(None, "run it here", "; ".join(reasons))
 
-    def _check_tensors(self) -> None:
-        expected = expected_tensors(self.spec, self.batch)
+    def _check_tensors(self, expected: Mapping[str, Tensor]) -> None:
         received = {}
         for number in range(self._cuda_engine.num_io_tensors):
             name = self._cuda_engine.get_tensor_name(number)
@@ -463,7 +492,8 @@ class Session:
 
     def _cache_path(self) -> Path:
         major, minor = self._device.compute_capability
-        return self._engine.folder / f"b{self.batch}.sm_{major}{minor}.cache"
+        stem = self._file.partition(".")[0]
+        return self._engine.folder / f"{stem}.sm_{major}{minor}.cache"
 
     def _refused(self, needed: int | None, what: str, reason: str = "") -> Exception:
         """The error of an engine that the library does not take."""
@@ -484,16 +514,35 @@ class Session:
         )
 
 
-def expected_tensors(spec: NetworkSpec, batch: int) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """Name to mode, dtype and shape of the tensors an engine must have."""
-    tensors = {
+class NetworkSession(Session):
+    """The engine of a network for one batch of tiles; a `trtseg.cuda.chain.Executor`.
+
+    Parameters
+    ----------
+    engine : GpuEngine
+    batch : int
+        The file is ``b<batch>.engine``.
+    means
+        As for `Session`, whose errors it raises.
+    """
+
+    def __init__(self, engine: GpuEngine, batch: int, **means: Any) -> None:
+        self.net = engine.net
+        self.spec = engine.spec
+        self.batch = batch
+        super().__init__(engine, engine_file(batch), expected_tensors(engine.spec, batch), **means)
+
+
+def expected_tensors(spec: NetworkSpec, batch: int) -> dict[str, Tensor]:
+    """Name to mode, dtype and shape of the tensors a network's engine must have."""
+    tensors: dict[str, Tensor] = {
         name: ("INPUT", "FLOAT", (batch, 1, side, side, side))
         for name, side in spec.input_sizes().items()
     }
     return {**tensors, "logit": ("OUTPUT", "FLOAT", (batch, *[spec.out] * 3))}
 
 
-def _described(tensors: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> str:
+def _described(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(
         f"{name} {mode.lower()} {dtype} {'x'.join(map(str, shape))}"
         for name, (mode, dtype, shape) in sorted(tensors.items())

@@ -10,7 +10,7 @@ between the two, a roofline estimate per operation, and the padded variant is ta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -67,9 +67,16 @@ class Cost:
 
 
 def form_graph(
-    network: FrozenNetwork, form: str, *, batch: int | str = "N", half: bool = True
+    network: FrozenNetwork,
+    form: str,
+    *,
+    batch: int | str = "N",
+    half: bool = True,
+    wide: Collection[str] = (),
 ) -> bytes:
-    """Build the ONNX graph of a form.
+    """Build the ONNX graph of a form; parameters as of `trtseg.build.graph.plain`.
+
+    What is listed in `wide` is of this form: another names its operations otherwise.
 
     Raises
     ------
@@ -79,7 +86,7 @@ def form_graph(
         As `trtseg.build.graph.plain`.
     """
     build, multiple = _FORMS[check_form(form)]
-    return build(pad_channels(network, multiple), batch=batch, half=half)
+    return build(pad_channels(network, multiple), batch=batch, half=half, wide=wide)
 
 
 def check_form(form: str) -> str:

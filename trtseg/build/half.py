@@ -4,6 +4,8 @@ The graph that an engine is compiled from is evaluated operation by operation: s
 and every operation's result is rounded to the type the graph gives it (to nearest, ties to even).
 A library that joins operations keeps what lies between them in float32, so that an engine rounds at
 some of these points; what the evaluation shows is the most that rounding does.
+
+Where an operation leaves float16's range, `fit` finds what must be kept in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from trtseg import tiling
 from trtseg.backends.base import NetworkOutput, logistic
-from trtseg.build.graph import read_graph
+from trtseg.build.graph import AS_HALF, kept_layers, read_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +48,34 @@ class Evaluation:
         The graph's output.
     largest : mapping of str to float
         Operation's result to its largest absolute value before rounding, for float16 results.
+    kept : mapping of str to float
+        The same of the operations that are kept in float32 for their range.
     """
 
     result: NDArray[np.float32]
     largest: Mapping[str, float]
+    kept: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A graph none of whose float16 results leaves the range, on one tile.
+
+    Attributes
+    ----------
+    wide : frozenset of str
+        What is kept in float32 for it: for `trtseg.build.forms.form_graph`, whatever the batch.
+    layers : mapping of str to list of str
+        What that is, by `trtseg.build.graph.kept_layers`; also what is kept for its weights.
+    evaluation : Evaluation
+    convolutions : int
+        How many convolutions are left in float16.
+    """
+
+    wide: frozenset[str]
+    layers: Mapping[str, Sequence[str]]
+    evaluation: Evaluation
+    convolutions: int
 
 
 class Evaluator:
@@ -59,10 +85,15 @@ class Evaluator:
     ----------
     content : bytes
         A serialised ONNX model of the operators trtseg uses.
+
+    Attributes
+    ----------
+    operations : tuple of Operation
     """
 
     def __init__(self, content: bytes) -> None:
         self._graph = read_graph(content)
+        self.operations = self._graph.operations
         self._last_use = {
             name: number
             for number, operation in enumerate(self._graph.operations)
@@ -81,19 +112,67 @@ class Evaluator:
             return self._run({**self._graph.constants, **inputs})
 
     def _run(self, values: dict[str, Array]) -> Evaluation:
-        largest = {}
+        largest, kept = {}, {}
         for number, operation in enumerate(self._graph.operations):
             operands = [values[name] for name in operation.inputs]
             result = _OPERATIONS[operation.kind](operation, operands)
             if result.dtype == np.float32 and _is_half(operation, operands):
                 largest[operation.output] = float(np.abs(result).max())
                 result = result.astype(np.float16)
+            if operation.kept:
+                kept[operation.output] = float(np.abs(result).max())
             values[operation.output] = result
             for name in operation.inputs:
                 if self._last_use[name] == number:
                     values.pop(name, None)
         (output,) = self._graph.outputs
-        return Evaluation(values[output], largest)
+        return Evaluation(values[output], largest, kept)
+
+
+def fit(build: Callable[[frozenset[str]], bytes], inputs: Mapping[str, NDArray[np.float32]]) -> Fit:
+    """Find what a graph must keep in float32 for all else to stay within float16's range.
+
+    Parameters
+    ----------
+    build : callable
+        Gives the graph that keeps certain results in float32 (`trtseg.build.graph.Graph`'s `wide`).
+    inputs : mapping of str to ndarray, float32
+        The tile it is evaluated on.
+
+    Returns
+    -------
+    Fit
+        The caller judges whether its result is finite and enough of it in float16.
+    """
+    wide: frozenset[str] = frozenset()
+    while True:
+        evaluator = Evaluator(build(wide))
+        evaluation = evaluator.run(inputs)
+        # What is infinite follows from an overflow elsewhere: it may be finite without that.
+        beyond = {
+            name
+            for name, largest in evaluation.largest.items()
+            if LARGEST_HALF < largest < np.inf and name not in wide
+        }
+        if not beyond:
+            break
+        if not wide:
+            every = frozenset(one.output for one in evaluator.operations)
+            beyond |= _beyond(Evaluator(build(every)).run(inputs))
+        wide |= beyond
+    left = [one for one in evaluator.operations if one.output in evaluation.largest]
+    return Fit(
+        wide,
+        kept_layers(evaluator.operations),
+        evaluation,
+        sum(one.kind.startswith("Conv") for one in left),
+    )
+
+
+def _beyond(evaluation: Evaluation) -> set[str]:
+    """What leaves float16's range when it is kept in float32, with the casts of it."""
+    found = {name for name, largest in evaluation.kept.items() if not largest <= LARGEST_HALF}
+    return found | {name + AS_HALF for name in found}
 
 
 class HalfNetwork:

@@ -8,11 +8,13 @@ on a GPU yet; with TensorRT 10 and 11 it has not been run at all.
 
 Engines compute in float16 with float32 sums, and their last layer in float32. What that costs is
 evaluated on the CPU at build time, on the tile that the self-test will run (see
-`trtseg.build.half`), and stored with the engine.
+`trtseg.build.half`), and stored with the engine. Operations whose weights or, on that tile, results
+leave float16's range are kept in float32, and the manifest tells of which layers they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import platform
@@ -29,9 +31,10 @@ from trtseg.backends.openvino import OpenVINOBackend
 from trtseg.backends.openvino import version as openvino_version
 from trtseg.backends.tensorrt_library import Messages, open_library
 from trtseg.build import graph
-from trtseg.build.forms import check_form, default_form, form_graph
+from trtseg.build.forms import check_form, cost, default_form, form_graph
 from trtseg.build.freeze import FrozenNetwork
-from trtseg.build.half import LARGEST_HALF, HalfNetwork
+from trtseg.build.half import LARGEST_HALF, fit
+from trtseg.cuda.ceilings import FACTORS, PRODUCT, SIDE
 from trtseg.cuda.compile import compile_kernels, find_compiler, kernel_source
 from trtseg.engine import WEIGHTS, build_lock, load_engine
 from trtseg.errors import DeviceError, EngineError, UsageError
@@ -39,6 +42,7 @@ from trtseg.files import sha256_bytes
 from trtseg.gpu_engine import (
     ANSWER,
     BATCHES,
+    CEILING,
     SELFTEST,
     cache_key,
     engine_file,
@@ -50,13 +54,14 @@ from trtseg.nifti import read_scan
 from trtseg.normalise import z_score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
     from trtseg.backends.tensorrt_library import Library
+    from trtseg.build.half import Fit
     from trtseg.cuda.compile import Compiler
     from trtseg.engine import Engine
     from trtseg.gpu_engine import GpuEngine
@@ -152,7 +157,7 @@ def build_gpu_models(
         The library is not installed, or needs a GPU that is not there.
     EngineError
         The build it starts from is missing, stale or damaged; the library refuses the network; or
-        the network leaves float16's range.
+        the network leaves float16's range in every convolution.
     MissingExtraError
         onnx or a compiler for the kernels is not installed.
     OutputError
@@ -218,6 +223,13 @@ class _Plan:
     targets: _Targets
     kernels: _Kernels
 
+    @cached_property
+    def ceiling(self) -> bytes:
+        """The engine by whose rate the GPU's ceiling is measured."""
+        product = graph.matrix_product(SIDE, FACTORS, PRODUCT)
+        named = self.targets.named
+        return build_engine(self.library, product, compute_capabilities=named).content
+
 
 def _targets(library: Library, wanted: Sequence[str]) -> _Targets:
     if library.compiles_without_gpu:
@@ -252,14 +264,19 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
                 return there
     network = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), spec)
     say(f"{name}: evaluating float16 rounding on the CPU")
-    selftest, evidence = _selftest(engine, network, form)
-    files = {SELFTEST: selftest, **plan.kernels.files}
+    inputs = _demo_tile(spec)
+    fitted = _fit(engine, network, form, inputs)
+    if fitted.layers:
+        kept = ", ".join(f"{label} ({', '.join(parts)})" for label, parts in fitted.layers.items())
+        say(f"{name}: kept in float32, beyond float16's range: {kept}")
+    selftest, evidence = _selftest(engine, inputs, fitted)
+    files = {SELFTEST: selftest, CEILING: plan.ceiling, **plan.kernels.files}
     seconds = {}
     for batch in plan.batches:
         say(f"{name}: compiling for {batch} tile{'s' * (batch > 1)} at a time")
         built = build_engine(
             plan.library,
-            form_graph(network, form, batch=batch),
+            form_graph(network, form, batch=batch, wide=fitted.wide),
             compute_capabilities=plan.targets.named,
             report=_paced(lambda phase, part: say(f"{name}: {phase}, {part:.0%}")),
         )
@@ -280,6 +297,7 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
             "batches": plan.batches,
             "form": form,
             "precision": PRECISION,
+            "float32_layers": fitted.layers,
             "selftest": {
                 "labels_equal": _labels_limit(evidence),
                 "largest_difference": _SLACK * evidence["largest_difference"] + _FLOOR,
@@ -288,8 +306,10 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
             "notice": engine.notice,
             "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "compile_seconds": seconds,
+            "cost": dataclasses.asdict(cost(spec, form)),
             "versions": {
                 "trtseg": __version__,
+                plan.library.name: plan.library.version,
                 "python": platform.python_version(),
                 "numpy": np.__version__,
                 "onnx": graph.version(),
@@ -330,23 +350,35 @@ def _recipe(engine: Engine, plan: _Plan, form: str) -> dict[str, Any]:
     }
 
 
-def _selftest(engine: Engine, network: FrozenNetwork, form: str) -> tuple[bytes, dict[str, float]]:
+def _fit(
+    engine: Engine, network: FrozenNetwork, form: str, inputs: Mapping[str, NDArray[np.float32]]
+) -> Fit:
+    """Find what must be kept in float32."""
+    fitted = fit(lambda wide: form_graph(network, form, batch=1, wide=wide), inputs)
+    evaluation = fitted.evaluation
+    if np.isfinite(evaluation.result).all() and fitted.convolutions:
+        return fitted
+    # What overflows may turn to NaN later on; the overflow itself is a number.
+    reached = np.fmax.reduce([*evaluation.largest.values(), *evaluation.kept.values()])
+    name = f"{engine.models} {engine.net.upper()}"
+    raise EngineError(
+        f"{name}: activations reach {reached:.3g}, with {fitted.convolutions} convolutions in "
+        "float16",
+        expected=f"finite logits, and one at least within the range of float16, {LARGEST_HALF:g}",
+        action="run this model set on the CPU: --device cpu",
+    )
+
+
+def _selftest(
+    engine: Engine, inputs: Mapping[str, NDArray[np.float32]], fitted: Fit
+) -> tuple[bytes, dict[str, float]]:
     """The self-test's file, and what float16 does to its tile on the CPU."""
-    spec = engine.spec
-    inputs = _demo_tile(spec)
     answer = OpenVINOBackend().load(engine).tile_logits(inputs)
-    half = HalfNetwork(spec, form_graph(network, form, batch=1))
-    rounded = half.tile_logits(inputs)
-    if not np.isfinite(rounded).all() or half.largest > LARGEST_HALF:
-        raise EngineError(
-            f"{engine.models} {engine.net.upper()}: an activation reaches {half.largest:.3g}",
-            expected=f"at most {LARGEST_HALF:g}, the range of float16",
-            action="run this model set on the CPU: --device cpu",
-        )
+    rounded = fitted.evaluation.result[0]
     evidence = {
         "labels_equal": float(((rounded > 0) == (answer > 0)).mean()),
         "largest_difference": float(np.abs(rounded - answer).max()),
-        "largest_activation": half.largest,
+        "largest_activation": max(fitted.evaluation.largest.values()),
     }
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **inputs, **{ANSWER: answer})

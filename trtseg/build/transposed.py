@@ -36,13 +36,21 @@ from trtseg.build.graph import (
 from trtseg.phases import reach
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
     from trtseg.architecture import PathwaySpec
     from trtseg.build.freeze import FrozenLayer, FrozenNetwork
 
 
-def transposed(network: FrozenNetwork, *, batch: int | str = "N", half: bool = False) -> bytes:
+def transposed(
+    network: FrozenNetwork,
+    *,
+    batch: int | str = "N",
+    half: bool = False,
+    wide: Collection[str] = (),
+) -> bytes:
     """Build the transposed form; inputs and output are those of `trtseg.build.graph.plain`.
 
     Parameters
@@ -52,6 +60,8 @@ def transposed(network: FrozenNetwork, *, batch: int | str = "N", half: bool = F
         Tiles per run; a word leaves it to be chosen at run time.
     half : bool
         Whether to compute in float16, as in `trtseg.build.graph`.
+    wide : collection of str
+        Results to be kept in float32 all the same; see `trtseg.build.graph.Graph`.
 
     Returns
     -------
@@ -61,12 +71,12 @@ def transposed(network: FrozenNetwork, *, batch: int | str = "N", half: bool = F
     Raises
     ------
     EngineError
-        A weight is beyond float16's range.
+        A weight is beyond float32's range.
     MissingExtraError
         onnx is not installed.
     """
     spec = network.spec
-    graph = Graph(half=half)
+    graph = Graph(half=half, wide=wide)
     first, *middle, last = network.fc
     total, maps, channel = "", [], 0
     for pathway, layers in zip(spec.pathways, network.pathways, strict=True):
@@ -74,7 +84,7 @@ def transposed(network: FrozenNetwork, *, batch: int | str = "N", half: bool = F
         channels = slice(channel, channel + pathway.feature_maps[-1])
         channel = channels.stop
         term = _first_term(graph, pathway, first, channels, features, spec.out)
-        total = graph.node("Add", [total, term]) if total else term
+        total = graph.node("Add", [total, term], label="fc.1") if total else term
         maps.append(features)
     before = None
     if middle and middle[0].residual:
@@ -144,6 +154,7 @@ def _first_term(
     return graph.node(
         "ConvTranspose",
         [values, graph.constant(f"{label}.weight", weight)],
+        label=label,
         kernel_shape=[side] * 3,
         strides=[factor] * 3,
         pads=[begin] * 3 + [end] * 3,

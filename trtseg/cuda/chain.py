@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from trtseg import tiling
-from trtseg.backends.base import NetworkOutput
+from trtseg.backends.base import ChainOutput, NetworkOutput, network_progress
 from trtseg.cuda import launches
 from trtseg.cuda.memory import Memory
 from trtseg.errors import DeviceError, EngineError
@@ -25,12 +25,12 @@ from trtseg.normalise import z_score
 from trtseg.scan import Geometry, Scan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
-    from trtseg.backends.base import Progress
+    from trtseg.backends.base import ChainProgress, Progress
     from trtseg.cuda.device import Bytes, Device
     from trtseg.tiling import Shape, TilePlan
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 #: the host, and few enough for progress to be true and an interrupt to be heard.
 DEPTH = 4
 
-#: The stages of a scan, in order; see `ChainOutput.times`.
+#: The stages of a scan, in order, by the device's clock; ``brain`` is the upload of the mask where
+#: it was given.
 STAGES = ("upload", "z-score", "brain", "boxes", "cortex", "gate", "download")
 
 #: Standard deviation, as a part of the mean, above which a scan surely has contrast; with less, the
@@ -82,29 +83,6 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class ChainOutput:
-    """What both networks say of a scan.
-
-    Attributes
-    ----------
-    brain, cortex : NetworkOutput
-        Labels, and probabilities where asked for; the cortex's are gated. The brain has no
-        probabilities where its mask was given. The caller owns the arrays.
-    brain_voxels, cortex_voxels : int
-        Labels that are 1.
-    times : mapping of str to float
-        Seconds that each of `STAGES` took on the device; ``brain`` is the upload of the mask where
-        it was given.
-    """
-
-    brain: NetworkOutput
-    cortex: NetworkOutput
-    brain_voxels: int
-    cortex_voxels: int
-    times: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class _Maps:
     """Addresses of a network's results on the device."""
 
@@ -139,7 +117,7 @@ class Chain:
         *,
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: ChainProgress | None = None,
     ) -> ChainOutput:
         """Run both networks over a scan.
 
@@ -180,7 +158,9 @@ class Chain:
             self._normalise(voxels, brain_plan if mask is None else full)
             self._mark("z-score")
             if mask is None:
-                self._infer(bdn, brain_plan, brain, _of(progress, "bdn", len(brain_plan)))
+                self._infer(
+                    bdn, brain_plan, brain, network_progress(progress, "bdn", len(brain_plan))
+                )
             else:
                 self._upload("labels", np.ascontiguousarray(mask).view(np.uint8))
             self._mark("brain")
@@ -188,7 +168,7 @@ class Chain:
             self._mark("boxes")
             if mask is None and full.padding != brain_plan.padding:
                 self._normalise(voxels, full)
-            self._infer(cgm, plan, cortex, _of(progress, "cgm", len(plan)))
+            self._infer(cgm, plan, cortex, network_progress(progress, "cgm", len(plan)))
             self._mark("cortex")
             self._gate(brain, cortex, voxels.size)
             self._mark("gate")
@@ -560,18 +540,3 @@ def _check_finite(summary: Mapping[str, float], net: str) -> None:
             expected="finite logits: half precision holds values up to 65504",
             action="run with --device cpu, which computes in float32",
         )
-
-
-def _of(progress: Callable[[str, int, int], None] | None, net: str, total: int) -> Progress | None:
-    """Progress of one network, as `trtseg.pipeline.Segmenter` reports it."""
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(tiles: int) -> None:
-        nonlocal done
-        done += tiles
-        progress(net, done, total)
-
-    advance(0)
-    return advance

@@ -10,6 +10,7 @@ in `close`, in the order CUDA wants; who is handed an address or an event only b
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 #: Threads of a block: a multiple of the 32 that run together, and small enough for any kernel.
 BLOCK = 256
+
+#: The driver's library, on every machine that has the driver.
+DRIVER = "libcuda.so.1"
 
 #: How pycuda is installed. It comes as source: it needs nvcc on PATH, the toolkit's headers, and a
 #: libcuda to link with.
@@ -112,6 +116,9 @@ class Device(Protocol):
 
     def download(self, target: Bytes, address: int) -> None:
         """Copy to page-locked memory; it is there once the stream has passed it."""
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes within the device."""
 
     def zero(self, address: int, size: int) -> None:
         """Fill with zero bytes."""
@@ -326,6 +333,11 @@ class CudaDevice:
         with _errors(self._driver):
             self._driver.memcpy_dtoh_async(target, address, self._stream)
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._driver.memcpy_dtod_async(target, source, size, self._stream)
+
     def zero(self, address: int, size: int) -> None:
         """See `Device`."""
         with _errors(self._driver):
@@ -384,6 +396,10 @@ class CudaDevice:
 
 def _open_driver() -> Any:
     """Import pycuda's driver module, initialised, with at least one GPU."""
+    try:
+        ctypes.CDLL(DRIVER)  # before pycuda: who has no driver is not helped by installing that
+    except OSError as error:
+        raise _no_driver(f"{DRIVER} cannot be loaded") from error
     try:
         import pycuda
     except ImportError as error:
