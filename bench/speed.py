@@ -17,16 +17,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import work
 from numpy.typing import NDArray
 
 from trtseg import tiling
 from trtseg.architecture import NETWORKS, PUBLISHED, NetworkSpec
-from trtseg.backends.openvino import OpenVINOBackend, available_threads, openvino_module
+from trtseg.backends import PRECISIONS
+from trtseg.backends.ceilings import cpu_ceilings
+from trtseg.backends.openvino import (
+    OpenVINOBackend,
+    available_threads,
+    openvino_module,
+    settings,
+)
 from trtseg.build import checkpoint, graph
 from trtseg.build.freeze import freeze
 from trtseg.build.parts import parts
@@ -93,7 +100,8 @@ def openvino_form(frozen: Any, spec: NetworkSpec) -> Run:
     core = openvino_module().Core()
     model = core.read_model(graph.plain(frozen))
     model.reshape({name: [1, 1, n, n, n] for name, n in spec.input_sizes().items()})
-    request = core.compile_model(model, "CPU", openvino_options("f32")).create_infer_request()
+    compiled = core.compile_model(model, "CPU", settings(available_threads(), "f32"))
+    request = compiled.create_infer_request()
 
     def call(inputs: dict[str, Any]) -> Any:
         request.infer(inputs, share_inputs=True)
@@ -102,66 +110,50 @@ def openvino_form(frozen: Any, spec: NetworkSpec) -> Run:
     return plain_form(call, spec)
 
 
-def openvino_options(precision: str) -> dict[str, str]:
-    """As trtseg's own backend asks for."""
-    return {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": "1",
-        "INFERENCE_NUM_THREADS": str(available_threads()),
-    }
+@dataclass(frozen=True)
+class Form:
+    """A network in a form: what runs it, which tiles it runs, and the multiply-adds of those."""
+
+    run: Run
+    plan: Callable[..., TilePlan]
+    executed: Callable[[NDArray[np.float32], TilePlan], int]
 
 
-def trtseg_form(frozen: Any, spec: NetworkSpec, precision: str) -> Run:
+def published_form(run: Run, spec: NetworkSpec, batch: int) -> Form:
+    """The tiles that DeepMedic runs, in batches that are filled up."""
+
+    def executed(_: NDArray[np.float32], plan: TilePlan) -> int:
+        return -(-len(plan) // batch) * batch * spec.multiply_adds()
+
+    return Form(run, published_plan, executed)
+
+
+def trtseg_form(frozen: Any, spec: NetworkSpec, precision: str) -> Form:
     """The CPU form of trtseg itself."""
     network = OpenVINOBackend(precision=precision).compile(spec, parts(frozen))
-    return lambda volume, plan: network.run(volume, plan).labels
-
-
-def ceiling(precision: str) -> float:
-    """Multiply-adds a second of a large 3 x 3 x 3 convolution, 128 to 256 channels, in OpenVINO."""
-    import onnx
-
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((256, 128, 3, 3, 3)).astype(np.float32)
-    helper = onnx.helper
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("Conv", ["x", "w"], ["y"])],
-            "ceiling",
-            [helper.make_tensor_value_info("x", 1, [1, 128, 34, 34, 34])],
-            [helper.make_tensor_value_info("y", 1, [1, 256, 32, 32, 32])],
-            initializer=[onnx.numpy_helper.from_array(weight, "w")],
-        ),
-        opset_imports=[helper.make_opsetid("", graph.OPSET)],
-        ir_version=8,
+    return Form(
+        lambda volume, plan: network.run(volume, plan).labels,
+        tiling.plan_tiles,
+        lambda volume, plan: network.work(volume, plan).multiply_adds,
     )
-    core = openvino_module().Core()
-    compiled = core.compile_model(
-        core.read_model(model.SerializeToString()), "CPU", openvino_options(precision)
-    )
-    request = compiled.create_infer_request()
-    inputs = {"x": rng.standard_normal((1, 128, 34, 34, 34)).astype(np.float32)}
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        request.infer(inputs, share_inputs=True)
-        times.append(time.perf_counter() - started)
-    return float(32**3 * 27 * 128 * 256 / statistics.median(times[1:]))
 
 
-def forms(models: str, wanted: list[str]) -> dict[str, dict[str, Run]]:
+def forms(models: str, wanted: list[str]) -> dict[str, dict[str, Form]]:
     """Form name to its two networks."""
     stored = find_models(models)
     required = network_variables(PUBLISHED).required(PUBLISHED)
-    found: dict[str, dict[str, Run]] = {name: {} for name in wanted}
+    found: dict[str, dict[str, Form]] = {name: {} for name in wanted}
     for net in NETWORKS:
         variables = checkpoint.read_variables(stored.checkpoint(net), required)
         frozen = freeze(variables, PUBLISHED)
-        makers: dict[str, Callable[[], Run]] = {
-            "tensorflow": lambda v=variables: tensorflow_form(v, PUBLISHED),
-            "onnxruntime": lambda f=frozen: onnxruntime_form(f, PUBLISHED),
-            "openvino": lambda f=frozen: openvino_form(f, PUBLISHED),
+        makers: dict[str, Callable[[], Form]] = {
+            "tensorflow": lambda v=variables: published_form(
+                tensorflow_form(v, PUBLISHED), PUBLISHED, PUBLISHED.batch
+            ),
+            "onnxruntime": lambda f=frozen: published_form(
+                onnxruntime_form(f, PUBLISHED), PUBLISHED, 1
+            ),
+            "openvino": lambda f=frozen: published_form(openvino_form(f, PUBLISHED), PUBLISHED, 1),
             "trtseg f32": lambda f=frozen: trtseg_form(f, PUBLISHED, "f32"),
             "trtseg bf16": lambda f=frozen: trtseg_form(f, PUBLISHED, "bf16"),
         }
@@ -170,25 +162,20 @@ def forms(models: str, wanted: list[str]) -> dict[str, dict[str, Run]]:
     return found
 
 
-def run_both(networks: dict[str, Run], path: Path, ours: bool) -> dict[str, Any]:
+def run_both(networks: dict[str, Form], path: Path) -> dict[str, Any]:
     """Read, normalise and run both networks; seconds, labels and executed multiply-adds."""
-    plan_tiles = tiling.plan_tiles if ours else published_plan
+    bdn, cgm = networks["bdn"], networks["cgm"]
     started = time.perf_counter()
     scores = z_score(read_scan(path)).data
     begun = time.perf_counter()
-    brain_plan = plan_tiles(scores.shape, PUBLISHED, None)
-    brain = networks["bdn"](scores, brain_plan)
+    brain_plan = bdn.plan(scores.shape, PUBLISHED, None)
+    brain = bdn.run(scores, brain_plan)
     middle = time.perf_counter()
     roi = brain.astype(bool)
-    cortex_plan = plan_tiles(scores.shape, PUBLISHED, roi)
-    cortex = networks["cgm"](scores, cortex_plan) * roi
+    cortex_plan = cgm.plan(scores.shape, PUBLISHED, roi)
+    cortex = cgm.run(scores, cortex_plan) * roi
     ended = time.perf_counter()
-    if ours:
-        executed = work.executed(brain_plan) + work.executed(cortex_plan)
-    else:
-        batch = PUBLISHED.batch
-        tiles = sum(-(-len(plan) // batch) * batch for plan in (brain_plan, cortex_plan))
-        executed = tiles * PUBLISHED.multiply_adds()
+    executed = bdn.executed(scores, brain_plan) + cgm.executed(scores, cortex_plan)
     return {
         "seconds": ended - started,
         "bdn": middle - begun,
@@ -207,11 +194,14 @@ NAMES = ["tensorflow", "onnxruntime", "openvino", "trtseg f32", "trtseg bf16"]
 def measure(path: Path, models: str, names: list[str], repeats: int) -> list[dict[str, Any]]:
     """One row per form; the forms take turns, so that a drifting machine is fair to all."""
     networks = forms(models, names)
-    ceilings = {precision: ceiling(precision) for precision in ("f32", "bf16")}
+    ceilings = {  # of multiply-adds
+        precision: cpu_ceilings(available_threads(), precision).operations_per_second / 2
+        for precision in PRECISIONS
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(repeats + 1):
         for name in names:
-            runs[name].append(run_both(networks[name], path, name.startswith("trtseg")))
+            runs[name].append(run_both(networks[name], path))
     reference = runs[next(name for name in names if "bf16" not in name)][-1]
     rows = []
     for name in names:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tests.build.networks import ARCHITECTURES, TINY, Arrays, random_inputs, random_variables
 from trtseg import tiling
 from trtseg.architecture import NetworkSpec
-from trtseg.backends import open_backend
+from trtseg.backends import open_cpu
 from trtseg.backends import openvino as module
 from trtseg.backends.base import logistic
 from trtseg.backends.openvino import OpenVINOBackend, OpenVINONetwork, available_threads, version
@@ -30,6 +30,7 @@ from trtseg.errors import DeviceError, EngineError
 SHAPE = (12, 7, 17)
 TILES = 6
 PARTS = ("fc.onnx", "normal.onnx", "sub.onnx")
+SUBS = tuple(pathway.name for pathway in TINY.pathways[1:])
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +334,106 @@ def test_float32_is_asked_for_and_granted(
         assert model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
 
 
+@pytest.fixture
+def any_processor(openvino: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets bfloat16 be asked for everywhere: OpenVINO computes in float32 where it must."""
+    get_property = openvino.Core.get_property
+
+    def able(core: object, device: str, name: str) -> object:
+        found = get_property(core, device, name)
+        return [*found, "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else found
+
+    monkeypatch.setattr(openvino.Core, "get_property", able)
+
+
+def ports(model: Any) -> dict[str, str]:
+    """Name of each input and output to its type."""
+    return {
+        name: port.element_type.get_type_name()
+        for port in [*model.inputs, *model.outputs]
+        for name in port.get_names()
+    }
+
+
+@pytest.mark.usefixtures("any_processor")
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_features_are_handed_over_in_the_precision(
+    graphs: dict[str, bytes], compiled: list[tuple[dict, Any]], precision: str
+) -> None:
+    OpenVINOBackend(threads=1, precision=precision).compile(TINY, graphs)
+    found = [ports(model).items() for _, model in compiled]
+    cells = {f"{name}.{index}": "i32" for name in SUBS for index in ("variant", "cell")}
+    normal = {"normal": "f32", "features": precision}
+    sub = dict.fromkeys(SUBS, "f32") | {f"{name}.features": precision for name in SUBS}
+    fc = dict.fromkeys(("normal", *SUBS), precision) | cells | {"logit": "f32"}
+    assert len(found) == len(PARTS)
+    for expected in (normal, sub, fc):
+        assert any(expected.items() <= types for types in found), expected
+
+
+@pytest.mark.usefixtures("any_processor")
+def test_bfloat16_is_near_float32(graphs: dict[str, bytes], volume: NDArray[np.float32]) -> None:
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    exact, rounded = (
+        OpenVINOBackend(threads=1, precision=precision)
+        .compile(TINY, graphs)
+        .run(volume, plan, probabilities=True)
+        for precision in ("f32", "bf16")
+    )
+    assert exact.probabilities is not None
+    assert rounded.probabilities is not None
+    # bfloat16 has 8 significant bits; the tiny network has a dozen layers.
+    np.testing.assert_allclose(rounded.probabilities, exact.probabilities, rtol=0, atol=0.03)
+    assert np.abs(rounded.probabilities - exact.probabilities).max() > 0
+
+
+@pytest.mark.usefixtures("any_processor")
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_a_fixed_size_does_not_change_the_result(
+    graphs: dict[str, bytes],
+    volume: NDArray[np.float32],
+    compiled: list[tuple[dict, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+) -> None:
+    tiny = OpenVINOBackend(threads=1, precision=precision).compile(TINY, graphs)
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    free = tiny.run(volume, plan, probabilities=True)
+    assert len(compiled) == len(PARTS)
+    monkeypatch.setattr(module, "FIXED_SIZE_BOXES", 1)
+    fixed = tiny.run(volume, plan, probabilities=True)
+    assert len(compiled) > len(PARTS)
+    assert all(port.partial_shape.is_static for _, m in compiled[len(PARTS) :] for port in m.inputs)
+    assert free.probabilities is not None
+    assert fixed.probabilities is not None
+    tolerance = {"f32": 1e-5, "bf16": 0.02}[precision]
+    np.testing.assert_allclose(fixed.probabilities, free.probabilities, rtol=0, atol=tolerance)
+    # A plan with fewer whole tiles runs as on the first day, though the other is compiled now.
+    monkeypatch.setattr(module, "FIXED_SIZE_BOXES", 10**6)
+    again = tiny.run(volume, plan, probabilities=True)
+    np.testing.assert_array_equal(again.probabilities, free.probabilities)
+
+
+def test_rows_are_transposed_where_sizes_are_fixed_and_copied_elsewhere(
+    openvino: ModuleType, graphs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[set[tuple[int, ...]]] = []
+    compile_model = openvino.Core.compile_model
+
+    def spy(core: object, model: Any, device: str, config: dict[str, str]) -> object:
+        nodes = [node for node in model.get_ops() if node.get_type_name() == "Transpose"]
+        orders.append({tuple(node.input_value(1).get_node().data.tolist()) for node in nodes})
+        return compile_model(core, model, device, config)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    monkeypatch.setattr(module, "FIXED_SIZE_BOXES", 1)
+    tiny = OpenVINOBackend(threads=1).compile(TINY, graphs)
+    assert [one for one in orders if one] == [{(2, 0, 3, 4, 1)}]
+    orders.clear()
+    tiny.run(noise((7, 7, 7)), tiling.plan_tiles((7, 7, 7), TINY))
+    assert orders == [{(0, 2, 3, 4, 1)}]
+
+
 def test_threads_default_to_the_cores_the_process_may_use(
     graphs: dict[str, bytes],
     compiled: list[tuple[dict, Any]],
@@ -360,7 +461,7 @@ def test_threads_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch) -> N
 def test_chosen_threads_are_used(
     graphs: dict[str, bytes], compiled: list[tuple[dict, Any]]
 ) -> None:
-    backend = open_backend("cpu", threads=1)
+    backend = open_cpu(threads=1)
     assert isinstance(backend, OpenVINOBackend)
     backend.compile(TINY, graphs)
     assert {model.get_property("INFERENCE_NUM_THREADS") for _, model in compiled} == {1}
@@ -427,7 +528,7 @@ import json, os, sys
 import numpy as np
 from pathlib import Path
 from trtseg import tiling
-from trtseg.backends import open_backend
+from trtseg.backends import open_cpu
 from trtseg.engine import load_engine
 
 def refuse(event, arguments):
@@ -437,7 +538,7 @@ def refuse(event, arguments):
 
 sys.addaudithook(refuse)
 engine = load_engine(Path(sys.argv[1]), "tiny", "bdn")
-network = open_backend("cpu", threads=1).load(engine)
+network = open_cpu(threads=1).load(engine)
 plan = tiling.plan_tiles((9, 8, 7), engine.spec)
 labels = network.run(np.ones((9, 8, 7), np.float32), plan).labels
 names = ("openvino", "openvino_telemetry", "tensorflow", "onnx", "nibabel", "pooch")

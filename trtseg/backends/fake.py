@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trtseg import tiling
-from trtseg.backends.base import NetworkOutput, logistic
+from trtseg.backends.base import Ceilings, NetworkOutput, Work, logistic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,15 +53,27 @@ class FakeNetwork:
                 progress(len(starts))
         return NetworkOutput(labels, maps)
 
+    def work(self, volume: NDArray[np.float32], plan: TilePlan) -> Work:
+        """Nothing is multiplied; every voxel of a tile is read."""
+        return Work(0, volume.itemsize * len(plan) * self.spec.tile**3)
+
 
 class FakeBackend:
     """Loads `FakeNetwork` for any engine."""
 
     device = "fake"
+    description = "no network"
+
+    def __init__(self, precision: str = "f32") -> None:
+        self.precision = precision
 
     def load(self, engine: Engine) -> FakeNetwork:
         """Give a network of the engine's architecture."""
         return FakeNetwork(engine.spec)
+
+    def ceilings(self) -> Ceilings:
+        """One of each a second."""
+        return Ceilings(1.0, 1.0)
 
     def close(self) -> None:
         """Nothing is held."""

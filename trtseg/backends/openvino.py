@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtseg import tiling
-from trtseg.backends.base import NetworkOutput, logistic
+from trtseg.backends.base import NetworkOutput, Work, logistic
+from trtseg.backends.work import executed
 from trtseg.engine import FC_PART, NORMAL_PART, SUB_PART
 from trtseg.errors import DeviceError, EngineError
 from trtseg.phases import box_indices, cell_range, reach
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
-    from trtseg.backends.base import Progress
+    from trtseg.backends.base import Ceilings, Progress
     from trtseg.engine import Engine
     from trtseg.tiling import TilePlan
 
     Features = NDArray[np.float32]
-    _Sizes = tuple[tuple[str, tuple[int, ...]], ...]
+    # What the parts hand over: float32, or the bits of bfloat16 as uint16: NumPy has no bfloat16.
+    _Maps = NDArray[Any]
 
 #: Voxels of a block: its features take 200 bytes each, and the layers before them several times
 #: that, which must fit beside a large scan in a laptop's memory (bench/memory.py).
@@ -44,15 +46,23 @@ BLOCK_VOXELS = 48**3
 SUB_BATCH = 4
 
 #: A box of at least this share of its tile is computed as the whole tile: with its size fixed at
-#: compile time the last part takes about 0.78 of the time (bench/README.md).
-WHOLE_SHARE = 0.75
+#: compile time the last part takes about 0.9 of the time (bench/README.md).
+WHOLE_SHARE = 0.85
 
-#: Boxes of one size in a plan from which on compiling for that size pays: it takes about 0.1 s, and
-#: saves about 15 ms a whole tile.
-FIXED_SIZE_BOXES = 12
+#: Whole tiles in a plan from which on compiling for their size pays: it takes about 0.13 s, and
+#: saves about 4 ms a tile. Every size compiled holds a tile's layers in memory, so no other is.
+FIXED_SIZE_BOXES = 32
 
-#: Sizes kept compiled, most recently used: more than one scan shape's, each about 30 MB.
-FIXED_SIZES = 6
+#: Order of a transpose that makes rows of voxels, as `trtseg.build.parts` writes it, and one that
+#: gives the same rows of a single tile.
+ROWS = (0, 2, 3, 4, 1)
+ROWS_BY_COPY = (2, 0, 3, 4, 1)
+
+#: Boxes whose indices are kept, at most 200 kB each and factor: many boxes of a scan are alike.
+KEPT_INDICES = 16
+
+#: Bytes of a value in each precision.
+VALUE_BYTES = {"f32": 4, "bf16": 2}
 
 #: A constant tile's answer is shared only where it is this far from a tie, in logits: far more than
 #: rounding can move it, so that sharing changes no label.
@@ -64,6 +74,17 @@ def available_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def settings(threads: int, precision: str) -> dict[str, str]:
+    """What OpenVINO is told when it compiles a model."""
+    return {
+        # Said outright: on processors with bfloat16 units OpenVINO would choose that.
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(threads),
+    }
 
 
 class OpenVINOBackend:
@@ -102,6 +123,12 @@ class OpenVINOBackend:
                 action="run in float32: leave --precision out",
             )
 
+    @property
+    def description(self) -> str:
+        """Threads and library, for reports."""
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"cpu, {threads}, OpenVINO {version()}"
+
     def load(self, engine: Engine) -> OpenVINONetwork:
         """Compile a built network for the CPU.
 
@@ -121,14 +148,28 @@ class OpenVINOBackend:
         EngineError
             OpenVINO refuses a graph.
         """
-        fc = self._read(parts[FC_PART])
+        models = {name: self._read(part) for name, part in parts.items()}
+        if self.precision == "bf16":
+            models = {
+                name: _handing_over_bf16(model, taken=name == FC_PART)
+                for name, model in models.items()
+            }
+        fc = models.pop(FC_PART)
+        compiled = {name: self._compile(model) for name, model in models.items()}
         return OpenVINONetwork(
             spec,
-            normal=self._compile(self._read(parts[NORMAL_PART])),
-            sub=self._compile(self._read(parts[SUB_PART])) if SUB_PART in parts else None,
-            fc=self._compile(fc.clone()),
+            normal=compiled[NORMAL_PART],
+            sub=compiled.get(SUB_PART),
+            fc=self._compile(_copying_rows(fc)),
             fc_of_sizes=functools.partial(self._compile_fixed, fc),
+            value_bytes=VALUE_BYTES[self.precision],
         )
+
+    def ceilings(self) -> Ceilings:
+        """Measure one large convolution and one large copy on as many threads."""
+        from trtseg.backends.ceilings import cpu_ceilings
+
+        return cpu_ceilings(self.threads, self.precision)
 
     def _compile_fixed(self, model: Any, sizes: dict[str, Sequence[int]]) -> Any:
         fixed = model.clone()
@@ -143,15 +184,8 @@ class OpenVINOBackend:
             raise _refused(name, error) from error
 
     def _compile(self, model: Any) -> Any:
-        config = {
-            # Said outright: on processors with bfloat16 units OpenVINO would choose that.
-            "INFERENCE_PRECISION_HINT": self.precision,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": str(self.threads),
-        }
         try:
-            return self._core.compile_model(model, "CPU", config)
+            return self._core.compile_model(model, "CPU", settings(self.threads, self.precision))
         except RuntimeError as error:
             raise _refused(model.get_friendly_name(), error) from error
 
@@ -171,15 +205,18 @@ class OpenVINONetwork:
         sub: Any,
         fc: Any,
         fc_of_sizes: Callable[[dict[str, Sequence[int]]], Any],
+        value_bytes: int,
     ) -> None:
         self.spec = spec
+        self._value_bytes = value_bytes
         self._models = [model for model in (normal, sub, fc) if model is not None]
         self._normal = normal.create_infer_request()
         self._sub: Any = None if sub is None else sub.create_infer_request()
         self._fc = fc.create_infer_request()
         self._fc_of_sizes = fc_of_sizes
-        # Input sizes to the model compiled for them and its request, least recently used first.
-        self._fixed: dict[_Sizes, tuple[Any, Any]] = {}
+        # The last part compiled for whole tiles, once that has paid.
+        self._fc_of_whole: Any = None
+        self._fixed = False
 
     def run(
         self,
@@ -195,14 +232,21 @@ class OpenVINONetwork:
         try:
             varied = self._settle_constant_tiles(padded, output)
             computed = _computed_boxes(plan)
-            self._fix_sizes(computed, varied)
+            self._fix_size(computed, varied)
             for block in tiling.group_tiles(computed, varied, max_voxels=BLOCK_VOXELS):
                 self._run_block(padded, block, computed, output)
         finally:
             # Room for the other network: what a block's layers filled is several times the scan.
-            for model in [*self._models, *(model for model, _ in self._fixed.values())]:
+            for model in self._models:
                 model.release_memory()
         return NetworkOutput(output.labels, output.maps)
+
+    def work(self, volume: NDArray[np.float32], plan: TilePlan) -> Work:
+        """What `run` executes of tiles that do not share an answer."""
+        padded = tiling.pad(volume, plan)
+        constant = [_constant_value(padded, start, self.spec) for start in plan.starts]
+        varied = np.array([n for n, value in enumerate(constant) if value is None], np.intp)
+        return executed(plan, varied, block_voxels=BLOCK_VOXELS, value_bytes=self._value_bytes)
 
     def tile_logits(self, inputs: Mapping[str, Features]) -> Features:
         """Class difference of one whole tile, float32 (out, out, out).
@@ -242,37 +286,33 @@ class OpenVINONetwork:
         logits = self.tile_logits(inputs)
         return float(logits.flat[0]) if np.abs(logits).min() > CLEAR_LOGIT else None
 
-    def _fix_sizes(self, plan: TilePlan, tiles: NDArray[np.intp]) -> None:
-        """Compile the last part for the sizes that many of the boxes have."""
-        counts: dict[_Sizes, int] = {}
-        for tile in tiles:
-            sizes = self._sizes(plan.boxes[tile] - plan.starts[tile][:, None])
-            counts[sizes] = counts.get(sizes, 0) + 1
-        for sizes, count in counts.items():
-            if sizes in self._fixed:
-                self._fixed[sizes] = self._fixed.pop(sizes)
-            elif count >= FIXED_SIZE_BOXES:
-                model = self._fc_of_sizes(dict(sizes))
-                self._fixed[sizes] = (model, model.create_infer_request())
-        while len(self._fixed) > FIXED_SIZES:
-            del self._fixed[next(iter(self._fixed))]
+    def _fix_size(self, plan: TilePlan, tiles: NDArray[np.intp]) -> None:
+        """Compile the last part for whole tiles, where there are many."""
+        whole = sum(self._is_whole(plan.boxes[tile]) for tile in tiles)
+        # By the plan alone, whatever ran before: the two may round in different orders.
+        self._fixed = whole >= FIXED_SIZE_BOXES
+        if self._fixed and self._fc_of_whole is None:
+            model = self._fc_of_sizes(self._whole_sizes())
+            self._models.append(model)
+            self._fc_of_whole = model.create_infer_request()
 
-    def _sizes(self, box: NDArray[np.integer[Any]]) -> _Sizes:
-        """Shapes of the last part's inputs for a box in tile coordinates."""
-        kernel = self.spec.fc_kernel
-        voxels = int(np.prod(box[:, 1] - box[:, 0]))
+    def _is_whole(self, box: NDArray[np.integer[Any]]) -> bool:
+        return bool((box[:, 1] - box[:, 0] == self.spec.out).all())
+
+    def _whole_sizes(self) -> dict[str, Sequence[int]]:
+        """Shapes of the last part's inputs for a whole tile."""
+        out, kernel = self.spec.out, self.spec.fc_kernel
+        box = np.array([[0, out]] * 3)
         normal = self.spec.pathways[0]
-        sides = (box[:, 1] - box[:, 0] + kernel - 1).tolist()
-        sizes = [(normal.name, (1, normal.feature_maps[-1], *sides))]
+        sizes: dict[str, Sequence[int]] = {
+            normal.name: (1, normal.feature_maps[-1], *[out + kernel - 1] * 3)
+        }
         for pathway in self.spec.pathways[1:]:
             cells = _cells(box, pathway.factor, kernel)
             sides = (cells[:, 1] - cells[:, 0]).tolist()
-            sizes += [
-                (pathway.name, (1, pathway.feature_maps[-1], *sides)),
-                (f"{pathway.name}.variant", (voxels,)),
-                (f"{pathway.name}.cell", (voxels,)),
-            ]
-        return tuple(sizes)
+            sizes[pathway.name] = (1, pathway.feature_maps[-1], *sides)
+            sizes[f"{pathway.name}.variant"] = sizes[f"{pathway.name}.cell"] = (out**3,)
+        return sizes
 
     def _run_block(
         self, padded: Features, block: tiling.Block, plan: TilePlan, output: _Output
@@ -297,39 +337,41 @@ class OpenVINONetwork:
                 )
                 output.decide(int(tile), logits, box[:, 0])
 
-    def _features(self, image: Features) -> Features:
+    def _features(self, image: Features) -> _Maps:
         """Normal-pathway features (C, i, j, k) of an image region; valid until the next call."""
         self._normal.infer({"normal": np.ascontiguousarray(image)[None, None]}, share_inputs=True)
-        features: Features = self._normal.get_output_tensor(0).data[0]
+        features: _Maps = _maps(self._normal.get_output_tensor(0))[0]
         return features
 
-    def _sub_features(self, inputs: dict[str, Features]) -> dict[str, Features]:
+    def _sub_features(self, inputs: dict[str, Features]) -> dict[str, _Maps]:
         """Features (N, C, cells ...) of the subsampled pathways; valid until the next call."""
         if not inputs:
             return {}
         self._sub.infer(inputs, share_inputs=True)
-        return {name: self._sub.get_tensor(f"{name}.features").data for name in inputs}
+        return {name: _maps(self._sub.get_tensor(f"{name}.features")) for name in inputs}
 
     def _decide(
         self,
-        features: Features,
+        features: _Maps,
         region: NDArray[np.int64],
         box: NDArray[np.int64],
-        subs: dict[str, Features],
+        subs: dict[str, _Maps],
     ) -> Features:
         """Class difference of the voxels of `box`; both boxes are in tile coordinates."""
         spec = self.spec
         kernel, half = spec.fc_kernel, spec.fc_kernel // 2
-        inputs: dict[str, Any] = {
-            "normal": _window(features, region[:, 0], np.add(box, (-half, half)), spec.out)
-        }
+        edged = np.add(box, (-half, half))
+        inputs = {"normal": _tensor(_window(features, region[:, 0], edged, spec.out))}
         for pathway in spec.pathways[1:]:
             name, maps = pathway.name, subs[pathway.name]
             cells = _cells(box, pathway.factor, kernel)
-            inputs[name] = _window(maps, np.zeros(3, np.int64), cells, maps.shape[1])
-            variant, cell = box_indices(box, pathway.factor, kernel)
+            cut = _window(maps, np.zeros(3, np.int64), cells, maps.shape[1])
+            (i, j, k), factor = box.tolist(), pathway.factor
+            variant, cell = _indices((*i, *j, *k), factor, kernel)
+            inputs[name] = _tensor(cut)
             inputs[f"{name}.variant"], inputs[f"{name}.cell"] = variant, cell
-        _, request = self._fixed.get(self._sizes(box), (None, self._fc))
+        fixed = self._fixed and self._is_whole(box)
+        request = self._fc_of_whole if fixed else self._fc
         request.infer(inputs, share_inputs=True)
         logits: Features = request.get_output_tensor(0).data
         return logits.reshape(box[:, 1] - box[:, 0])
@@ -386,9 +428,66 @@ def _constant_value(padded: Features, start: NDArray[np.int32], spec: NetworkSpe
     return float(value) if all((one == value).all() for one in subs.values()) else None
 
 
-def _window(
-    maps: Features, origin: NDArray[np.int64], wanted: NDArray[np.int64], size: int
-) -> Features:
+@functools.lru_cache(maxsize=KEPT_INDICES)
+def _indices(
+    bounds: tuple[int, ...], factor: int, kernel: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """`trtseg.phases.box_indices` of a box with these bounds; not to be written to."""
+    return box_indices(np.array(bounds).reshape(3, 2), factor, kernel)
+
+
+def _copying_rows(model: Any) -> Any:
+    """The same model with its rows made by plain copies, for sizes known at run time only.
+
+    A convolution leaves its channels last in memory. OpenVINO drops a transpose to rows where sizes
+    are fixed; where they are not, it carries it out and keeps channels last, so that its result,
+    (1, i, j, k, C), lies in memory as (1, j, k, C, i) and must be put in order once more. A result
+    (i, 1, j, k, C) lies in memory as (i, j, k, C), which is what was there before.
+    """
+    copying = model.clone()
+    order = openvino_module().op.Constant(np.array(ROWS_BY_COPY, np.int64))
+    for node in copying.get_ops():
+        if node.get_type_name() == "Transpose":
+            given = node.input_value(1).get_node()
+            if given.get_type_name() == "Constant" and tuple(given.data.tolist()) == ROWS:
+                node.input(1).replace_source_output(order.output(0))
+    copying.validate_nodes_and_infer_types()
+    return copying
+
+
+def _handing_over_bf16(model: Any, *, taken: bool) -> Any:
+    """The same model with the features that it takes, or else those that it gives, in bfloat16.
+
+    Besides the bytes, this spares conversions: OpenVINO keeps what a float32 result is summed from
+    in float32, which are the residual sums of a whole pathway.
+    """
+    from openvino.preprocess import PrePostProcessor
+
+    openvino = openvino_module()
+    steps = PrePostProcessor(model)
+    ports = model.inputs if taken else model.outputs
+    for index, port in enumerate(ports):
+        if port.element_type == openvino.Type.f32:
+            step = steps.input(index) if taken else steps.output(index)
+            step.tensor().set_element_type(openvino.Type.bf16)
+    return steps.build()
+
+
+def _maps(tensor: Any) -> _Maps:
+    """A tensor's values, in its own memory."""
+    values: NDArray[Any] = tensor.data
+    return values if values.dtype == np.float32 else values.view(np.uint16)
+
+
+def _tensor(values: NDArray[Any]) -> Any:
+    """The same values as OpenVINO takes them, in their own memory."""
+    if values.dtype != np.uint16:
+        return values
+    openvino = openvino_module()
+    return openvino.Tensor(values, openvino.Shape(values.shape), openvino.Type.bf16)
+
+
+def _window(maps: _Maps, origin: NDArray[np.int64], wanted: NDArray[np.int64], size: int) -> _Maps:
     """Cut (1, C, ...) out of (C, ...) maps; beyond the tile, its edge is repeated.
 
     Parameters
