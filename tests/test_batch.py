@@ -13,9 +13,9 @@ import pytest
 
 from trtseg import batch, nifti
 from trtseg.architecture import PUBLISHED
-from trtseg.batch import Options, Outcome, find_scans, process
+from trtseg.batch import Options, Outcome, Reading, find_scans, process, read_ahead
 from trtseg.engine import Engine
-from trtseg.errors import EngineError, OutputError, UsageError
+from trtseg.errors import EngineError, InputError, OutputError, UsageError
 from trtseg.logs import log_to
 from trtseg.output import OutputPaths, plan_outputs
 from trtseg.pipeline import EMPTY_BRAIN, Segmentation
@@ -140,11 +140,11 @@ class FakeSegmenter:
         self.runs: list[str] = []
         self.error: BaseException | None = None
 
-    def segment(self, path: Path, *, mask: Any, ga_weeks: Any, **options: Any) -> Segmentation:
-        self.runs.append(path.name)
+    def segment(self, read: Any, *, mask: Any, ga_weeks: Any, **options: Any) -> Segmentation:
+        self.runs.append(read.__self__.scan.name)
         if self.error is not None:
             raise self.error
-        scan = nifti.read_scan(path)
+        scan = read()
         brain = (scan.data > 50).astype(np.uint8)
         cortex = (scan.data > 75).astype(np.uint8)
         return Segmentation(
@@ -187,7 +187,7 @@ def plan(scan: Path, options: Options = Options()) -> OutputPaths:  # noqa: B008
 
 def run(segmenter: Any, scan: Path, **options: Any) -> Outcome:
     asked = Options(**options)
-    return process(segmenter, scan, plan(scan, asked), asked)
+    return process(segmenter, Reading(segmenter, scan, plan(scan, asked), asked), asked)
 
 
 def files(folder: Path) -> list[str]:
@@ -202,6 +202,7 @@ def test_a_scan(segmenter, tmp_path):
     assert outcome.error == ""
     assert files(tmp_path) == ["a.nii.gz", "a_brain.nii.gz", "a_cgm.nii.gz", "a_trtseg.json"]
     written = json.loads((tmp_path / "a_trtseg.json").read_text("utf-8"))
+    assert len(written.pop("seal")) == 64
     assert written == outcome.description
     assert outcome.id == written["id"] == written["inputs"]["scan"]["sha256"][:12]
     assert list(outcome.description["times_s"]) == ["read", "check", "write"]
@@ -210,7 +211,7 @@ def test_a_scan(segmenter, tmp_path):
         "models": None,
         "device": "auto",
         "threads": None,
-        "precision": "f32",
+        "precision": None,
         "mask": None,
         "save_probabilities": False,
         "save_dseg": False,
@@ -301,6 +302,46 @@ def test_a_scan_that_changes_meanwhile_gives_no_result(segmenter, tmp_path, monk
     assert (outcome.status, outcome.exit_code) == ("failed", 2)
     assert "changed while it was segmented" in outcome.error
     assert files(tmp_path) == ["a.nii.gz"]
+
+
+# Reading ahead
+
+
+def test_the_next_scan_is_read_meanwhile(segmenter, tmp_path):
+    scans = [write_scan(tmp_path / f"{name}.nii.gz") for name in "abc"]
+    readings = read_ahead(segmenter, [(scan, plan(scan)) for scan in scans], Options())
+    first = next(readings)
+    assert first.scan == scans[0]
+    # The second is read by now or soon, though nobody asked for it; then it may go.
+    second = readings.gi_frame.f_locals["following"]
+    assert second.image().shape == (24, 24, 24)
+    scans[1].unlink()
+    assert next(readings) is second
+    assert [one.scan for one in readings] == scans[2:]
+
+
+def test_no_scan_to_read(segmenter):
+    assert list(read_ahead(segmenter, [], Options())) == []
+
+
+def test_what_cannot_be_read_fails_where_it_is_waited_for(segmenter, tmp_path):
+    scan = tmp_path / "a.nii.gz"
+    scan.write_bytes(b"bad")
+    reading = Reading(segmenter, scan, plan(scan), Options())
+    assert len(reading.asked()["id"]) == 12
+    assert reading.done() is None
+    for _ in range(2):
+        with pytest.raises(InputError, match="gzip"):
+            reading.image()
+
+
+def test_what_is_complete_is_not_read(segmenter, tmp_path, monkeypatch):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan)
+    monkeypatch.setattr(nifti, "read_scan", None)
+    options = Options(resume=True)
+    reading = Reading(segmenter, scan, plan(scan), options)
+    assert process(segmenter, reading, options).resumed
 
 
 # What is done already

@@ -40,6 +40,7 @@ def test_message_leaves_out_empty_parts(parts, message):
         ("MissingExtraError", errors.ModelError, 3),
         ("EngineError", errors.TrtsegError, 3),
         ("EngineMissingError", errors.EngineError, 3),
+        ("NotCompiledError", errors.EngineMissingError, 3),
         ("DeviceError", errors.TrtsegError, 4),
         ("OutputError", errors.TrtsegError, 5),
     ],
@@ -53,7 +54,7 @@ def test_tree_and_exit_codes(name, base, code):
 def test_every_error_of_the_module_is_in_the_tree():
     kinds = {v for v in vars(errors).values() if getattr(v, "__module__", "") == errors.__name__}
     kinds = {kind for kind in kinds if isinstance(kind, type)}
-    assert len(kinds) == 10
+    assert len(kinds) == 11
     assert all(issubclass(kind, errors.TrtsegError) for kind in kinds)
 
 

@@ -13,8 +13,9 @@ import pytest
 from tests.golden import GOLDEN, golden_scan, read_golden, read_voxels
 from trtseg import tiling
 from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.chains import gate
 from trtseg.engine import load_engine
-from trtseg.pipeline import Segmenter, gate
+from trtseg.pipeline import Segmenter
 
 CHAINS = {
     "chain_crop": "demo",

@@ -24,6 +24,7 @@ FLOORS = {
     "orientation": 1,
     "tiling": 1,
     "engine": 1,
+    "sealed": 1,
     "gpu_engine": 1,
     "phases": 1,
     "models": 1,
@@ -32,11 +33,14 @@ FLOORS = {
     "sidecar": 1,
     "backends": 2,
     "backends.base": 2,
+    "backends.ceilings": 2,
     "backends.fake": 2,
     "backends.openvino": 2,
     "backends.tensorrt_library": 2,
     "backends.tensorrt": 2,
+    "backends.work": 2,
     "cuda": 2,
+    "cuda.ceilings": 2,
     "cuda.chain": 2,
     "cuda.compile": 2,
     "cuda.device": 2,
@@ -54,15 +58,25 @@ FLOORS = {
     "build.forms": 3,
     "build.half": 3,
     "build.tensorrt": 3,
+    "chains": 3,
     "pipeline": 3,
     "output": 3,
     "report": 3,
     "batch": 4,
+    "bench": 4,
     "bids": 4,
+    "options": 4,
     "screen": 4,
     "info": 4,
+    "steps": 4,
+    "cli_engines": 5,
+    "cli_models": 5,
     "cli": 5,
 }
+
+#: Floor 3 holds two families that never meet, the build and the runtime; within the runtime, who
+#: may import whom.
+SAME = {("output", "pipeline"), ("pipeline", "chains")}
 
 #: Package to the one module that may import it.
 SOLE_IMPORTERS = {
@@ -111,7 +125,7 @@ def test_arrows_point_down(name: str, path: Path) -> None:
         same_family = other.split(".")[0] == name.split(".")[0]
         assert FLOORS[other] <= FLOORS[name], f"{name} imports {other}, which is above it"
         if FLOORS[other] == FLOORS[name] == 3 and not same_family:
-            assert (name, other) == ("output", "pipeline"), f"{name} imports its sibling {other}"
+            assert (name, other) in SAME, f"{name} imports its sibling {other}"
 
 
 @pytest.mark.parametrize(("package", "owner"), SOLE_IMPORTERS.items())

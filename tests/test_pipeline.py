@@ -22,7 +22,7 @@ from trtseg.errors import (
 from trtseg.home import demo_folder
 from trtseg.models import import_folder
 from trtseg.nifti import scan_from_array
-from trtseg.pipeline import EMPTY_BRAIN, Segmenter, gate
+from trtseg.pipeline import EMPTY_BRAIN, Segmenter
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
 
@@ -42,7 +42,7 @@ def test_result_is_frozen_and_complete(result: trtseg.Segmentation) -> None:
     assert result.brain.dtype == result.cortex.dtype == np.uint8
     assert result.brain.shape == result.cortex.shape == image.shape
     assert np.array_equal(result.affine, image.affine)
-    assert list(result.times) == ["read", "z-score", "brain", "cortex"]
+    assert list(result.times) == ["read", "z-score", "brain", "cortex", "gate"]
     assert all(seconds >= 0 for seconds in result.times.values())
     assert result.device == "cpu"
     assert result.models == "random11"
@@ -199,19 +199,13 @@ def test_a_build_of_another_checkpoint_is_stale(engines_root: Path) -> None:
         Segmenter("random11", engines=engines_root)
 
 
-def test_cuda_is_refused_plainly(engines_root: Path) -> None:
-    with pytest.raises(DeviceError, match="no CUDA runtime"):
+def test_a_gpu_that_is_not_there(engines_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtseg.cuda.device.DRIVER", "libnone.so.1")
+    monkeypatch.setattr("trtseg.backends.tensorrt.open_library", lambda: None)
+    with pytest.raises(DeviceError, match="driver is missing"):
         Segmenter("random11", engines=engines_root, device="cuda:0")
-
-
-def test_gate() -> None:
-    from trtseg.backends.base import NetworkOutput
-
-    roi = np.array([[[True, False]]])
-    output = NetworkOutput(np.array([[[1, 1]]], np.uint8), np.array([[[0.7, 0.9]]], np.float32))
-    gated = gate(output, roi)
-    assert gated.labels.tolist() == [[[1, 0]]]
-    assert gated.labels.dtype == np.uint8
-    assert gated.probabilities is not None
-    assert gated.probabilities.tolist() == [[[pytest.approx(0.7), 0.0]]]
-    assert gated.probabilities.dtype == np.float32
+    with Segmenter("random11", engines=engines_root) as segmenter:
+        assert segmenter.device == "cpu"
+        assert segmenter.note == (
+            "running on the CPU: the NVIDIA driver is missing (libnone.so.1 cannot be loaded)"
+        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +20,8 @@ from trtseg.errors import (
     TrtsegError,
     UsageError,
 )
-from trtseg.logs import LOG
+from trtseg.logs import LOG, stopwatch
 from trtseg.output import MAP_ENDINGS, SIDECAR_ENDING, is_folder, save
-from trtseg.pipeline import stopwatch
 from trtseg.report import write_report
 from trtseg.sidecar import (
     add_outputs,
@@ -35,8 +36,9 @@ from trtseg.sidecar import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trtseg.backends.base import ChainProgress
     from trtseg.output import OutputPaths
-    from trtseg.pipeline import Progress, Segmentation, Segmenter
+    from trtseg.pipeline import Segmentation, Segmenter
     from trtseg.scan import Scan
 
 #: What an error of too little memory says of a scan.
@@ -153,7 +155,7 @@ class Options:
     models: str | None = None
     device: str = "auto"
     threads: int | None = None
-    precision: str = "f32"
+    precision: str | None = None
     mask: Path | None = None
     save_probabilities: bool = False
     save_dseg: bool = False
@@ -211,13 +213,76 @@ class Outcome:
         return stats_row(self.description)
 
 
+class Reading:
+    """A scan that is being read in the background, while another one is segmented.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    scan : Path
+    paths : OutputPaths
+    options : Options
+    """
+
+    def __init__(
+        self, segmenter: Segmenter, scan: Path, paths: OutputPaths, options: Options
+    ) -> None:
+        self.scan = scan
+        self.paths = paths
+        self._asked: Future[dict[str, Any]] = Future()
+        self._done: Future[dict[str, Any] | None] = Future()
+        self._image: Future[Scan] = Future()
+        # A daemon: it writes nothing, so that an interrupt need not wait for it.
+        work = (segmenter, options)
+        threading.Thread(target=self._read, args=work, daemon=True).start()
+
+    def asked(self) -> dict[str, Any]:
+        """What will be made of what (`trtseg.sidecar.request`); waits, raises its errors."""
+        return self._asked.result()
+
+    def done(self) -> dict[str, Any] | None:
+        """The description of a result that is complete already; None also where none counts."""
+        return self._done.result()
+
+    def image(self) -> Scan:
+        """The scan; waits, raises what `trtseg.nifti.read_scan` raises."""
+        return self._image.result()
+
+    def _read(self, segmenter: Segmenter, options: Options) -> None:
+        try:
+            asked = _request(segmenter, self.scan, options)
+            self._asked.set_result(asked)
+            done = None
+            if options.resume:
+                done = find_complete(self.paths.sidecar, asked, self.paths.results())
+            self._done.set_result(done)
+            if done is None:
+                self._image.set_result(nifti.read_scan(self.scan))
+        except BaseException as error:  # noqa: BLE001 (raised again where it is waited for)
+            for one in (self._asked, self._done, self._image):
+                if not one.done():
+                    one.set_exception(error)
+
+
+def read_ahead(
+    segmenter: Segmenter, plans: Sequence[tuple[Path, OutputPaths]], options: Options
+) -> Iterator[Reading]:
+    """Give the scans in order; while one is worked on, the next one is read."""
+    following: Reading | None = None
+    for scan, paths in plans:
+        reading, following = following, Reading(segmenter, scan, paths, options)
+        if reading is not None:
+            yield reading
+    if following is not None:
+        yield following
+
+
 def process(
     segmenter: Segmenter,
-    scan: Path,
-    paths: OutputPaths,
+    reading: Reading,
     options: Options,
     *,
-    progress: Progress | None = None,
+    progress: ChainProgress | None = None,
 ) -> Outcome:
     """Segment one scan and write all that was asked for; or find that this has been done.
 
@@ -229,18 +294,16 @@ def process(
     Outcome
         An error of this scan is one too: it must not stop the others.
     """
-    name = ""
+    name, scan, paths = "", reading.scan, reading.paths
     try:
-        asked = _request(segmenter, scan, options)
-        name = asked["id"]
+        name = reading.asked()["id"]
         LOG.debug("scan %s: file name %r", name, scan.name)
-        if options.resume:
-            found = find_complete(paths.sidecar, asked, paths.results())
-            if found is not None:
-                LOG.info("scan %s: complete, not run again", name)
-                return _outcome(scan, paths, found, resumed=True)
+        found = reading.done()
+        if found is not None:
+            LOG.info("scan %s: complete, not run again", name)
+            return _outcome(scan, paths, found, resumed=True)
         LOG.info("scan %s: started", name)
-        outcome = _outcome(scan, paths, _segment(segmenter, scan, paths, options, asked, progress))
+        outcome = _outcome(scan, paths, _segment(segmenter, reading, options, progress))
     except TrtsegError as error:
         _log_failure(name, type(error).__name__, error.exit_code, _reason(error, scan))
         return Outcome(scan, name, paths, "failed", error.exit_code, error=str(error))
@@ -264,23 +327,18 @@ def _request(segmenter: Segmenter, scan: Path, options: Options) -> dict[str, An
 
 
 def _segment(
-    segmenter: Segmenter,
-    scan: Path,
-    paths: OutputPaths,
-    options: Options,
-    asked: dict[str, Any],
-    progress: Progress | None,
+    segmenter: Segmenter, reading: Reading, options: Options, progress: ChainProgress | None
 ) -> dict[str, Any]:
     """Run the networks, write everything, give the description that was written."""
+    scan, paths, asked = reading.scan, reading.paths, reading.asked()
     result = segmenter.segment(
-        scan,
+        reading.image,
         mask=options.mask,
         probabilities=options.save_probabilities,
         reorient=options.reorient,
         ga_weeks=options.ga_weeks,
         progress=progress,
     )
-    shown = nifti.read_scan(scan) if options.report else None
     # Files were read between two looks at their digests: these are the bytes that were segmented.
     if _request(segmenter, scan, options)["inputs"] != asked["inputs"]:
         raise InputError(
@@ -301,8 +359,8 @@ def _segment(
         times=times,
         keep_names=options.keep_names,
     )
-    if shown is not None:
-        described = _report(shown, result, paths, described, options.keep_names)
+    if options.report:
+        described = _report(reading.image(), result, paths, described, options.keep_names)
     write_sidecar(paths.sidecar, described)
     return described
 

@@ -75,6 +75,10 @@ class EngineMissingError(EngineError):
     """Nothing is built yet for the requested model set; building it is the remedy."""
 
 
+class NotCompiledError(EngineMissingError):
+    """The networks are built, but not compiled for a GPU; compiling them is the remedy."""
+
+
 class DeviceError(TrtsegError):
     """The requested device, its library or its memory is not available."""
 

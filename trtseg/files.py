@@ -81,6 +81,11 @@ def json_bytes(data: Any) -> bytes:
     return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
 
 
+def json_seal(data: Any) -> str:
+    """SHA-256, hex, of `data` as JSON: stored beside it, it shows any change of it."""
+    return sha256_bytes(json.dumps(data, sort_keys=True).encode())
+
+
 def _start(path: Path) -> str:
     """What the names of its temporary files start with; cut, for names have a longest length."""
     return f".{path.name[:32]}."

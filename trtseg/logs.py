@@ -112,3 +112,15 @@ def _unwritable(path: Path, error: Exception) -> OutputError:
         expected="a file that can be written, with room on the disk",
         action="choose another --log-file",
     )
+
+
+@contextlib.contextmanager
+def stopwatch(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds the block takes to those of a stage, and log them."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - started
+        seconds[stage] = seconds.get(stage, 0.0) + elapsed
+        LOG.info("%s: %.2f s", stage, elapsed)

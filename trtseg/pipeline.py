@@ -1,56 +1,45 @@
 """From a scan to labels: read this file first.
 
 scan -> z-score -> BDN over the whole scan -> brain mask -> CGM inside it -> gate -> result.
+
+What lies between the scan and the result runs on a device, and is in `trtseg.chains`.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trtseg import nifti
-from trtseg.architecture import NETWORKS
-from trtseg.backends import open_backend
 from trtseg.backends.base import NetworkOutput
-from trtseg.engine import is_built, load_engine
-from trtseg.errors import InputError, ModelError
+from trtseg.chains import open_chain
+from trtseg.errors import InputError
 from trtseg.home import engines_root
-from trtseg.logs import LOG
-from trtseg.models import PUBLISHED, find_models
-from trtseg.normalise import z_score
+from trtseg.logs import stopwatch
 from trtseg.orientation import check_unambiguous, restore, to_canonical
 from trtseg.orientation import reorient as orient
 from trtseg.qc import Qc, assess, check_ga
-from trtseg.tiling import plan_tiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
 
     from numpy.typing import NDArray
 
+    from trtseg.backends.base import ChainProgress
     from trtseg.engine import Engine
-    from trtseg.models import ModelSet
+    from trtseg.gpu_engine import GpuEngine
     from trtseg.orientation import Orientation
     from trtseg.scan import Geometry, Scan
 
 #: What a result without any brain says.
 EMPTY_BRAIN = "no brain was found: both maps are empty"
-
-
-class Progress(Protocol):
-    """Told of the tiles of each network as they finish."""
-
-    def __call__(self, network: str, done: int, total: int) -> None:
-        """`done` of `total` tiles of ``"bdn"`` or ``"cgm"`` are finished."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +113,19 @@ class Segmenter:
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
     threads : int, optional
         CPU threads; default the cores this process may run on.
-    precision : str
-        ``"f32"``, which gives DeepMedic's labels, or ``"bf16"``.
+    precision : str, optional
+        ``"f32"``, which gives DeepMedic's labels, or ``"bf16"``, on the CPU; ``"f16"`` on a GPU.
+        Default the device's own, f32 or f16; with ``"auto"`` it decides the device.
+
+    Attributes
+    ----------
+    chain : Chain
+        Both networks on the device; see `trtseg.chains`.
+    models : str
+    engines : mapping of str to Engine or GpuEngine
+        What is loaded, by network.
+    note : str
+        Why ``"auto"`` is the CPU; else empty.
 
     Raises
     ------
@@ -134,7 +134,7 @@ class Segmenter:
     DeviceError
         The device is not available.
     UsageError
-        The device's name means nothing.
+        The device's name means nothing, or it has no such precision.
 
     Examples
     --------
@@ -150,19 +150,29 @@ class Segmenter:
         engines: Path | str | None = None,
         device: str = "auto",
         threads: int | None = None,
-        precision: str = "f32",
+        precision: str | None = None,
     ) -> None:
         root = engines_root(None if engines is None else Path(engines))
-        self.engines = load_engines(models, root)
-        self._backend = open_backend(device, threads=threads, precision=precision)
-        self.precision = precision
-        self._networks = {net: self._backend.load(one) for net, one in self.engines.items()}
+        self.chain, self.note = open_chain(
+            models, root, device=device, threads=threads, precision=precision
+        )
+        self.engines: Mapping[str, Engine | GpuEngine] = self.chain.engines
         self.models = self.engines["bdn"].models
 
     @property
     def device(self) -> str:
-        """The device in use."""
-        return self._backend.device
+        """The device in use: ``cpu`` or ``cuda:N``."""
+        return self.chain.device
+
+    @property
+    def precision(self) -> str:
+        """The precision in use."""
+        return self.chain.precision
+
+    @property
+    def description(self) -> str:
+        """The device and the library that drives it, for people."""
+        return self.chain.description
 
     def segment(
         self,
@@ -173,14 +183,15 @@ class Segmenter:
         probabilities: bool = False,
         reorient: bool = False,
         ga_weeks: float | None = None,
-        progress: Progress | None = None,
+        progress: ChainProgress | None = None,
     ) -> Segmentation:
         """Segment one scan.
 
         Parameters
         ----------
-        scan : path, nibabel image, or ndarray of shape (i, j, k)
-            Raw intensities, not normalised. An array needs its `affine`.
+        scan : path, nibabel image, ndarray of shape (i, j, k), or callable
+            Raw intensities, not normalised. An array needs its `affine`. A callable gives a
+            `trtseg.scan.Scan` when it is called, which is then the reading.
         affine : ndarray, shape (4, 4), optional
             Voxel indices to millimetres; with an array only.
         mask : path or ndarray of the scan's shape, optional
@@ -218,27 +229,19 @@ class Segmenter:
                 check_unambiguous(image)
                 work, orientation = to_canonical(image)
                 given = None if given is None else orient(given, orientation)
-        with stopwatch(times, "z-score"):
-            scores = z_score(work).data
-        with stopwatch(times, "brain"):
-            if given is None:
-                brain = self._run("bdn", scores, None, probabilities, progress)
-            else:
-                brain = NetworkOutput(given.astype(np.uint8), None)
-        roi = brain.labels.astype(bool)
-        with stopwatch(times, "cortex"):
-            cortex = gate(self._run("cgm", scores, roi, probabilities, progress), roi)
+        output = self.chain.run(work, mask=given, probabilities=probabilities, progress=progress)
+        brain, cortex = output.brain, output.cortex
         if orientation is not None:
             brain, cortex = _restore(brain, orientation), _restore(cortex, orientation)
         millilitres = image.geometry.voxel_volume_ml
-        warnings = image.warnings if roi.any() else (*image.warnings, EMPTY_BRAIN)
+        warnings = image.warnings if output.brain_voxels else (*image.warnings, EMPTY_BRAIN)
         return Segmentation(
             cortex=cortex.labels,
             brain=brain.labels,
             geometry=image.geometry,
-            brain_ml=int(brain.labels.sum(dtype=np.int64)) * millilitres,
-            cortex_ml=int(cortex.labels.sum(dtype=np.int64)) * millilitres,
-            times=MappingProxyType(times),
+            brain_ml=output.brain_voxels * millilitres,
+            cortex_ml=output.cortex_voxels * millilitres,
+            times=MappingProxyType({**times, **output.times}),
             cortex_probabilities=cortex.probabilities,
             brain_probabilities=brain.probabilities,
             models=self.models,
@@ -251,8 +254,7 @@ class Segmenter:
 
     def close(self) -> None:
         """Free the device."""
-        self._networks.clear()
-        self._backend.close()
+        self.chain.close()
 
     def __enter__(self) -> Segmenter:
         return self
@@ -265,27 +267,6 @@ class Segmenter:
     ) -> None:
         self.close()
 
-    def _run(
-        self,
-        net: str,
-        scores: NDArray[np.float32],
-        roi: NDArray[np.bool_] | None,
-        probabilities: bool,
-        progress: Progress | None,
-    ) -> NetworkOutput:
-        network = self._networks[net]
-        plan = plan_tiles(scores.shape, network.spec, roi)
-        done = 0
-
-        def advance(tiles: int) -> None:
-            nonlocal done
-            done += tiles
-            if progress is not None:
-                progress(net, done, len(plan))
-
-        advance(0)
-        return network.run(scores, plan, probabilities=probabilities, progress=advance)
-
 
 def segment(
     scan: Any,
@@ -295,12 +276,12 @@ def segment(
     engines: Path | str | None = None,
     device: str = "auto",
     threads: int | None = None,
-    precision: str = "f32",
+    precision: str | None = None,
     mask: Any = None,
     probabilities: bool = False,
     reorient: bool = False,
     ga_weeks: float | None = None,
-    progress: Progress | None = None,
+    progress: ChainProgress | None = None,
 ) -> Segmentation:
     """Segment one scan: `Segmenter` and its `segment` in one call.
 
@@ -321,49 +302,11 @@ def segment(
         )
 
 
-def gate(output: NetworkOutput, roi: NDArray[np.bool_]) -> NetworkOutput:
-    """Zero labels and probabilities outside `roi`, as the published system does."""
-    maps = output.probabilities
-    return NetworkOutput(output.labels * roi, None if maps is None else maps * roi)
-
-
-def load_engines(models: str | None, root: Path) -> dict[str, Engine]:
-    """Open the built networks of a model set, each verified; see `trtseg.engine.load_engine`.
-
-    Raises
-    ------
-    ModelError, EngineError
-        The set is unknown, or its build is missing, damaged or stale.
-    """
-    name, stored = _resolve_models(models, root)
-    return {
-        net: load_engine(
-            root, name, net, checkpoint=None if stored is None else stored.digests(net)
-        )
-        for net in NETWORKS
-    }
-
-
 def _restore(output: NetworkOutput, orientation: Orientation) -> NetworkOutput:
     maps = output.probabilities
     return NetworkOutput(
         restore(output.labels, orientation), None if maps is None else restore(maps, orientation)
     )
-
-
-def _resolve_models(models: str | None, root: Path) -> tuple[str, ModelSet | None]:
-    """Name of the model set and, where its checkpoint is on this machine, the set itself.
-
-    A built engine is enough to segment: a scanner-side box may never have held the checkpoint.
-    """
-    try:
-        stored = find_models(models)
-    except ModelError:
-        name = PUBLISHED if models is None else models
-        if is_built(root, name):
-            return name, None
-        raise
-    return stored.name, stored
 
 
 def _read(scan: Any, affine: NDArray[Any] | None) -> Scan:
@@ -380,6 +323,9 @@ def _read(scan: Any, affine: NDArray[Any] | None) -> Scan:
         )
     if isinstance(scan, (str, os.PathLike)):
         return nifti.read_scan(Path(scan))
+    if callable(scan):
+        given: Scan = scan()
+        return given
     return nifti.scan_from_image(scan)
 
 
@@ -387,15 +333,3 @@ def _read_mask(mask: Any, scan: Scan) -> NDArray[np.bool_]:
     if isinstance(mask, (str, os.PathLike)):
         return nifti.read_mask(Path(mask), scan.geometry, scan.shape)
     return nifti.mask_from_array(np.asarray(mask), scan.shape)
-
-
-@contextmanager
-def stopwatch(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the seconds the block takes to those of a stage, and log them."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        elapsed = time.perf_counter() - started
-        seconds[stage] = seconds.get(stage, 0.0) + elapsed
-        LOG.info("%s: %.2f s", stage, elapsed)

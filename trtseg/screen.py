@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from trtseg.backends.base import ChainProgress
     from trtseg.batch import Outcome
-    from trtseg.pipeline import Progress, Segmenter
+    from trtseg.pipeline import Segmenter
 
 #: Names of passed-over files that are printed.
 _NAMED = 3
@@ -150,7 +151,7 @@ def _draw_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 @contextmanager
-def tile_progress(*, quiet: bool) -> Iterator[Progress | None]:
+def tile_progress(*, quiet: bool) -> Iterator[ChainProgress | None]:
     """Give a callback that draws one bar of tiles per network, on a terminal."""
     console = _console()
     if quiet or not console.is_terminal:

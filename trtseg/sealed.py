@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 from trtseg.architecture import NetworkSpec
 from trtseg.errors import EngineError, EngineMissingError, ModelError, OutputError
-from trtseg.files import atomic_write, atomic_write_json, make_folder, sha256_bytes
+from trtseg.files import atomic_write, atomic_write_json, json_seal, make_folder, sha256_bytes
 
 MANIFEST = "manifest.json"
 
@@ -228,7 +228,7 @@ def _check_manifest(kind: Kind, folder: Path, manifest: Any, models: str, net: s
 def _seal(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all the manifest says, so that no flipped byte of it passes."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return sha256_bytes(json.dumps(rest, sort_keys=True).encode())
+    return json_seal(rest)
 
 
 def _swap(staging: Path, final: Path, kept: str | None) -> None:

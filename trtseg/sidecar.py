@@ -26,6 +26,7 @@ from trtseg.files import (
     atomic_write,
     atomic_write_json,
     json_bytes,
+    json_seal,
     sha256_bytes,
     sha256_file,
 )
@@ -338,7 +339,7 @@ def find_complete(
     try:
         content = path.read_bytes()
         found: dict[str, Any] = json.loads(content)
-        sealed = found.pop("seal") == _seal(found) and content == json_bytes(_sealed(found))
+        sealed = found.pop("seal") == json_seal(found) and content == json_bytes(_sealed(found))
         same = _decisive(found) == _decisive(asked) and all(
             found["outputs"][role]["sha256"] == sha256_file(file) for role, file in outputs.items()
         )
@@ -385,11 +386,7 @@ def write_sidecar(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def _sealed(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {**description, "seal": _seal(description)}
-
-
-def _seal(description: Mapping[str, Any]) -> str:
-    return sha256_bytes(json.dumps(description, sort_keys=True).encode())
+    return {**description, "seal": json_seal(description)}
 
 
 def write_lookup(path: Path, kind: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from trtseg.errors import DeviceError, UsageError
+from trtseg.errors import UsageError
 
 if TYPE_CHECKING:
     from trtseg.backends.base import Backend
+    from trtseg.backends.tensorrt import TensorRTBackend
 
 #: Precisions of the CPU form; the first is the default.
 PRECISIONS = ("f32", "bf16")
@@ -29,14 +30,13 @@ def check_device(device: str) -> str:
     return device
 
 
-def open_backend(device: str, *, threads: int | None = None, precision: str = "f32") -> Backend:
-    """Open a device by name; ``auto`` is the best this version can run on, which is the CPU.
+def open_cpu(*, threads: int | None = None, precision: str = "f32") -> Backend:
+    """Open the CPU.
 
     Parameters
     ----------
-    device : str
     threads : int, optional
-        CPU threads; default the cores this process may run on.
+        Default the cores this process may run on.
     precision : str
         ``"f32"``, DeepMedic's labels; or ``"bf16"``, faster where the processor has it, with a few
         labels changed.
@@ -44,20 +44,27 @@ def open_backend(device: str, *, threads: int | None = None, precision: str = "f
     Raises
     ------
     UsageError
-        The name means nothing.
+        The precision or the threads mean nothing.
     DeviceError
-        The device is not available.
+        OpenVINO has no CPU device here, or the processor lacks the precision.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}", expected=" or ".join(PRECISIONS))
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads", expected="at least 1")
-    if check_device(device).startswith("cuda"):
-        raise DeviceError(
-            f"device {device!r}: this version of trtseg has no CUDA runtime",
-            expected="cpu or auto",
-            action="run with --device cpu",
-        )
     from trtseg.backends.openvino import OpenVINOBackend
 
     return OpenVINOBackend(threads=threads, precision=precision)
+
+
+def open_gpu(index: int) -> TensorRTBackend:
+    """Open a GPU, with TensorRT-RTX or TensorRT.
+
+    Raises
+    ------
+    DeviceError
+        The driver, the GPU, pycuda or the library is missing; the message says which.
+    """
+    from trtseg.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(index)
