@@ -3,9 +3,9 @@
     python bench/gpu_check.py [--models demo] [--runs 20] [--no-tests] [--json FILE]
 
 Needs an NVIDIA GPU, pycuda, and TensorRT-RTX or TensorRT. With PyTorch installed it also times the
-same networks there (float16, eager and compiled) and the GPU's ceilings (one large matrix product,
-one large copy); without it those figures stay empty, and the file names the command that fills
-them.
+same networks there (float16, eager and compiled); without it those figures stay empty, and the file
+names the command that fills them. The GPU's ceilings are one large matrix product by the same
+library and one large copy.
 
 The scan is the bundled phantom on 200 x 200 x 180 voxels. Network time is BDN over all of it plus
 CGM in a box of 30 % of it. Not run on a GPU yet; the PyTorch network was compared with trtseg's own
@@ -15,6 +15,7 @@ evaluation on a CPU (bench/torch_network.py).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -220,11 +221,13 @@ def latencies(
         boxed = warm(lambda: backend.segment_chain(raw, mask=mask), runs)
         batch = int(backend.description.split("bdn b")[1].split(",")[0])
         description = backend.description
+        best = backend.ceilings()
     finally:
         backend.close()
     network = whole["stages"]["brain"]["p50"] + boxed["stages"]["cortex"]["p50"]
     return {
         "backend": description,
+        "ceilings": dataclasses.asdict(best),
         "batch": batch,
         "seconds_first_start": first_start,
         "seconds_start": start,
@@ -270,14 +273,14 @@ def torch_figures(
     tiles: dict[str, int],
     batch: int,
 ) -> dict[str, Any] | None:
-    """Ceilings of the GPU, and both networks in PyTorch float16 over as many tiles."""
+    """Both networks in PyTorch float16 over as many tiles."""
     try:
         import torch
     except ImportError:
         return None
     if not torch.cuda.is_available():
         return None
-    figures: dict[str, Any] = {"version": torch.__version__, **ceilings(torch)}
+    figures: dict[str, Any] = {"version": torch.__version__}
     for name in ("eager", "compiled"):
         seconds = {}
         for net, engine in frozen.items():
@@ -301,21 +304,6 @@ def fastest(torch: Any, action: Callable[[], Any], repeats: int = 10) -> float:
         torch.cuda.synchronize()
         best = min(best, begun.elapsed_time(ended) * 1e-3)
     return best
-
-
-def ceilings(torch: Any) -> dict[str, float]:
-    """Rate of one large float16 matrix product, and of one large copy (read plus written)."""
-    side = 8192
-    one, other = (torch.randn(side, side, device="cuda").half() for _ in range(2))
-    product = torch.empty_like(one)
-    seconds = fastest(torch, lambda: torch.mm(one, other, out=product))
-    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    copied = fastest(torch, lambda: target.copy_(source))
-    return {
-        "operations_per_second": 2 * side**3 / seconds,
-        "bytes_per_second": 2 * source.numel() * source.element_size() / copied,
-    }
 
 
 def torch_batch(
@@ -354,21 +342,20 @@ def ratios(report: dict[str, Any], compiled: dict[str, GpuEngine]) -> dict[str, 
         "bytes_per_second": moved / network,
         "end_to_end_to_network": (network + rest + files) / network,
         "chain_to_network": (network + rest) / network,
-        "network_to_floor": None,
         "torch_eager_to_network": None,
         "torch_compiled_to_network": None,
     }
+    best = report["ceilings"]
+    floor = max(
+        operations / best["operations_per_second"],
+        moved / best["bytes_per_second"],
+    )
+    found |= {"seconds_floor": floor, "network_to_floor": network / floor}
     torch = report["torch"]
     if torch is None:
-        return {**found, "missing": f"network_to_floor and torch_*: {TORCH}"}
-    floor = max(
-        operations / torch["operations_per_second"],
-        moved / torch["bytes_per_second"],
-    )
+        return {**found, "missing": f"torch_*: {TORCH}"}
     return {
         **found,
-        "seconds_floor": floor,
-        "network_to_floor": network / floor,
         "torch_eager_to_network": torch["seconds_eager"] / network,
         "torch_compiled_to_network": torch["seconds_compiled"] / network,
     }

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from trtseg import nifti
 from trtseg.architecture import PUBLISHED
 from trtseg.bids import LabelsCommand, T2w, bids, describe_dataset, find_t2w, read_description
 from trtseg.engine import Engine
 from trtseg.errors import InputError, OutputError, UsageError
 from trtseg.pipeline import Segmentation
+from trtseg.scan import Scan
 
 #: Of the schema-based validator: the command, where it is not on PATH.
 VALIDATOR_VARIABLE = "TRTSEG_BIDS_VALIDATOR"
@@ -31,7 +32,7 @@ VALIDATOR_VARIABLE = "TRTSEG_BIDS_VALIDATOR"
 class FakeSegmenter:
     """Calls voxels over 50 brain and those over 75 cortex."""
 
-    models, device, precision = "fake", "cpu", "f32"
+    models, device, precision, note = "fake", "cpu", "f32", ""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         manifest: dict[str, Any] = {
@@ -49,8 +50,8 @@ class FakeSegmenter:
     def __exit__(self, *args: object) -> None:
         pass
 
-    def segment(self, path: Path, **options: Any) -> Segmentation:
-        scan = nifti.read_scan(path)
+    def segment(self, read: Callable[[], Scan], **options: Any) -> Segmentation:
+        scan = read()
         brain = (scan.data > 50).astype(np.uint8)
         cortex = (scan.data > 75).astype(np.uint8)
         return Segmentation(

@@ -19,9 +19,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.golden import GOLDEN, read_voxels
+from tests.test_chains import compiled
 from trtseg import __version__, batch
+from trtseg.chains import load_engines, load_gpu_engines
 from trtseg.cli import app, main
-from trtseg.pipeline import load_engines
 from trtseg.qc import Qc
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
@@ -286,12 +287,12 @@ def test_an_interrupt_ends_quickly_and_leaves_nothing(
     scan = tmp_path / "big.nii"
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), scan)
     code = (
-        "import trtseg.cli, trtseg.pipeline as p, sys\n"
-        "run = p.Segmenter._run\n"
+        "import trtseg.cli, trtseg.chains as p, sys\n"
+        "run = p.HostChain._run\n"
         "def told(*a, **k):\n"
         "    print('running', flush=True)\n"
         "    return run(*a, **k)\n"
-        "p.Segmenter._run = told\n"
+        "p.HostChain._run = told\n"
         "trtseg.cli.main(sys.argv[1:])"
     )
     arguments = ["segment", str(scan), "--models", "demo", "--engines", str(engines_root)]
@@ -375,10 +376,10 @@ def test_report_table_and_log(segment, tmp_path: Path) -> None:
 def test_an_interrupted_batch_keeps_its_table(segment, tmp_path: Path, monkeypatch) -> None:
     process = batch.process
 
-    def second_interrupted(segmenter, scan, *arguments, **options):
-        if scan.name == "b.nii":
+    def second_interrupted(segmenter, reading, *arguments, **options):
+        if reading.scan.name == "b.nii":
             raise KeyboardInterrupt
-        return process(segmenter, scan, *arguments, **options)
+        return process(segmenter, reading, *arguments, **options)
 
     monkeypatch.setattr(batch, "process", second_interrupted)
     scans = [small_scan(tmp_path / name) for name in ("a.nii", "b.nii")]
@@ -469,7 +470,7 @@ def test_no_name_in_the_log_of_a_build(engines_root: Path, tmp_path: Path, monke
     assert done.exit_code == 0, done.output
     text = log.read_text("utf-8")
     for words in (f"engines build: trtseg {__version__}", "BDN: folding the weights",
-                  "built demo: ", "CGM: fc.onnx, SHA-256 "):  # fmt: skip
+                  "Building demo: ", "CGM: fc.onnx, SHA-256 "):  # fmt: skip
         assert words in text
     assert FOLDER not in text
     pulled = run("models", "pull", "--from", "http://127.0.0.1:9/", "--log-file", log)
@@ -491,3 +492,133 @@ def test_info(engines_root: Path) -> None:
     found = json.loads(run("info", "--json", "--engines", engines_root).stdout)
     assert found["versions"]["trtseg"] == __version__
     assert [one["name"] for one in found["engines"]] == ["demo", "random11"]
+
+
+# GPUs
+
+
+@pytest.fixture
+def compiled_root(engines_root: Path, tmp_path: Path) -> Path:
+    """An engines folder with the random networks compiled for a double of a GPU."""
+    root = Path(shutil.copytree(engines_root, tmp_path / "engines"))
+    compiled(root, "random11")
+    return root
+
+
+COMPILED = "tensorrt_rtx 9.8.7, plain, batches 1, 4, compute capability 8.6"
+
+
+def test_engines_list_says_what_is_compiled(compiled_root: Path) -> None:
+    done = run("engines", "list", "--engines", compiled_root)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        f"demo  {compiled_root / 'demo'}",
+        f"random11  {compiled_root / 'random11'}",
+        f"  BDN for GPUs: {COMPILED}",
+        f"  CGM for GPUs: {COMPILED}",
+    ]
+
+
+def test_engines_list_says_what_is_wrong(compiled_root: Path) -> None:
+    folder = compiled_root / "random11" / "cgm" / "cuda"
+    (folder / "b4.engine").unlink()
+    done = run("engines", "list", "--engines", compiled_root)
+    assert done.exit_code == 0, done.output
+    assert f"  CGM for GPUs: {folder / 'b4.engine'}: No such file or directory" in done.stdout
+
+
+def test_engines_verify_looks_at_what_is_compiled(compiled_root: Path) -> None:
+    asked = ("engines", "verify", "--models", "random11", "--engines", compiled_root)
+    done = run(*asked, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    folder = compiled_root / "random11" / "bdn"
+    assert f"BDN: intact  {folder}\n" in done.stdout
+    assert f"BDN: intact  {folder / 'cuda'} ({COMPILED})\n" in done.stdout
+    assert "loaded: cpu, " in done.stdout
+    path = folder / "cuda" / "ceiling.engine"
+    path.write_bytes(b"other")
+    done = run(*asked)
+    assert done.exit_code == 3
+    assert "damaged or foreign" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--device", "auto"), "device 'auto'; expected cpu or cuda"),
+        (("--batch", "4"), "an option for GPUs without --device cuda"),
+        (("--force",), "an option for GPUs without --device cuda"),
+        (("--device", "cuda", "--library", "cudnn"), "library 'cudnn'; expected tensorrt_rtx or"),
+        (("--device", "cuda", "--form", "fast"), "graph form 'fast'; expected plain or"),
+    ],
+)
+def test_engines_build_options_that_mean_nothing(engines_root, tmp_path, options, said) -> None:
+    root = shutil.copytree(engines_root / "demo", tmp_path / "demo").parent
+    done = run("engines", "build", "--models", "demo", "--out", root, *options)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+
+
+def test_engines_build_for_gpus(compiled_root: Path, monkeypatch) -> None:
+    asked: list[dict] = []
+
+    def build(models, root, *, report, **options):
+        report("BDN: compiling")
+        asked.append({"models": models.name, "root": root, **options})
+        engines = load_gpu_engines(load_engines("random11", root), root)
+        for one in engines.values():
+            one.manifest["float16_on_cpu"] = {"labels_equal": 0.99987}
+        return list(engines.values())
+
+    monkeypatch.setattr("trtseg.build.tensorrt.build_gpu_models", build)
+    monkeypatch.setattr(
+        "trtseg.build.builder.build_models",
+        lambda models, root, *, force, report: list(load_engines("random11", root).values()),
+    )
+    done = run(
+        "engines", "build", "--models", "demo", "--device", "cuda", "--out", compiled_root,
+        "--batch", "2", "--batch", "8", "--form", "plain", "--compute-capability", "7.5", "--force",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert asked == [
+        {
+            "models": "demo",
+            "root": compiled_root,
+            "force": True,
+            "form": "plain",
+            "batches": (2, 8),
+            "compute_capabilities": ("7.5",),
+        }
+    ]
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"Compiling demo: \d+\.\d s", lines[0])
+    assert lines[1:3] == [
+        f"BDN: {compiled_root / 'random11' / 'bdn' / 'cuda'}",
+        f"  {COMPILED}; float16 rounding keeps 99.987% of a tile's labels",
+    ]
+
+
+def test_why_auto_is_the_cpu(segment, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("trtseg.cuda.device.DRIVER", "libnone.so.1")
+    monkeypatch.setattr("trtseg.backends.tensorrt.open_library", lambda: None)
+    scan = small_scan(tmp_path / "a.nii")
+    note = "note: running on the CPU: the NVIDIA driver is missing (libnone.so.1 cannot be loaded)"
+    assert note in segment(scan).stderr.splitlines()
+    for quieter in (("--quiet",), ("--device", "cpu"), ("--precision", "f32")):
+        assert "note:" not in segment(scan, *quieter).stderr
+    done = segment(scan, "--device", "cuda")
+    assert done.exit_code == 4
+    assert "driver is missing" in done.stderr
+
+
+def test_nothing_is_compiled_unasked(segment, tmp_path: Path, monkeypatch) -> None:
+    class Opened:
+        device = "cuda:0"
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("trtseg.chains.open_gpu", lambda index: Opened())
+    done = segment(small_scan(tmp_path / "a.nii"), "--device", "cuda")
+    assert done.exit_code == 3
+    assert "compile it: trtseg engines build --models demo --device cuda" in done.stderr

@@ -23,11 +23,9 @@ from typer.core import TyperCommand
 
 from trtseg import __version__, screen
 from trtseg.errors import (
-    EXIT_OK,
     InputError,
     OutputError,
     UsageError,
-    worst_exit_code,
 )
 from trtseg.files import atomic_write, atomic_write_json, make_folder
 from trtseg.logs import LOG, log_to
@@ -44,9 +42,10 @@ from trtseg.options import (
     ResumeOption,
     ThreadsOption,
 )
+from trtseg.steps import end, log_start, open_segmenter
 
 if TYPE_CHECKING:
-    from trtseg.batch import Options, Outcome
+    from trtseg.batch import Options, Outcome, Reading
     from trtseg.output import OutputPaths
     from trtseg.pipeline import Segmenter
 
@@ -225,11 +224,7 @@ def bids(
     )
     with log_to(log_file):
         outcomes = _run(bids_dir, out_dir, source, found.scans, options, engines, quiet=quiet)
-    if len(outcomes) > 1 and not quiet:
-        screen.say_summary(outcomes)
-    code = worst_exit_code([outcome.exit_code for outcome in outcomes])
-    if code != EXIT_OK:
-        raise typer.Exit(code)
+    end(outcomes, quiet=quiet)
 
 
 def _check_level(level: str) -> None:
@@ -637,24 +632,8 @@ def _run(
     *,
     quiet: bool,
 ) -> list[Outcome]:
-    from trtseg.pipeline import Segmenter
-    from trtseg.sidecar import versions
-
-    LOG.info("bids: %s", ", ".join(f"{name} {one}" for name, one in versions().items()))
-    with Segmenter(
-        options.models,
-        engines=engines,
-        device=options.device,
-        threads=options.threads,
-        precision=options.precision,
-    ) as segmenter:
-        LOG.info(
-            "models %s, device %s, precision %s, scans: %d",
-            segmenter.models,
-            segmenter.device,
-            segmenter.precision,
-            len(scans),
-        )
+    log_start("bids")
+    with open_segmenter(options, engines, scans=len(scans), quiet=quiet) as segmenter:
         write_dataset(bids_dir, out_dir, source)
         return _segment_all(segmenter, scans, out_dir, options, quiet=quiet)
 
@@ -662,29 +641,30 @@ def _run(
 def _segment_all(
     segmenter: Segmenter, scans: Sequence[T2w], out_dir: Path, options: Options, *, quiet: bool
 ) -> list[Outcome]:
+    from trtseg.batch import read_ahead
+
     outcomes = []
-    for scan in scans:
-        outcome = _segment(
-            segmenter, scan, plan(scan, out_dir, report=options.report), options, quiet=quiet
-        )
+    plans = [(scan.path, plan(scan, out_dir, report=options.report)) for scan in scans]
+    for scan, reading in zip(scans, read_ahead(segmenter, plans, options), strict=True):
+        outcome = _segment(segmenter, scan, reading, options, quiet=quiet)
         outcomes.append(outcome)
         screen.say_outcome(outcome, quiet=quiet)
     return outcomes
 
 
 def _segment(
-    segmenter: Segmenter, scan: T2w, paths: OutputPaths, options: Options, *, quiet: bool
+    segmenter: Segmenter, scan: T2w, reading: Reading, options: Options, *, quiet: bool
 ) -> Outcome:
     """Segment a scan and write all of its files; an error of it must not stop the others."""
     from trtseg.batch import process
 
     with screen.tile_progress(quiet=quiet) as progress:
-        outcome = process(segmenter, scan.path, paths, options, progress=progress)
+        outcome = process(segmenter, reading, options, progress=progress)
     if outcome.status == "failed":
         return outcome
     try:
         # Also for one that was complete before: a run may have ended between the two.
-        write_sidecars(scan, paths, outcome.description["notice"])
+        write_sidecars(scan, reading.paths, outcome.description["notice"])
     except OutputError as error:
         LOG.error("scan %s: failed, OutputError, exit code %d", outcome.id, error.exit_code)
         return dataclasses.replace(

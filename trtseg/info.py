@@ -8,6 +8,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from trtseg import __version__
+from trtseg.architecture import NETWORKS
 from trtseg.engine import build_command, built_models
 from trtseg.errors import TrtsegError
 from trtseg.home import checkpoints_root, engines_root, home
@@ -118,9 +119,9 @@ def _cpu(missing: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _open_cpu(precision: str) -> Backend:
-    from trtseg.backends import open_backend
+    from trtseg.backends import open_cpu
 
-    return open_backend("cpu", precision=precision)
+    return open_cpu(precision=precision)
 
 
 def _has_bf16() -> bool:
@@ -221,7 +222,7 @@ def _models(
 
 def _engines(
     root: Path, models: list[str], loadable: bool, missing: list[dict[str, str]]
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     built = built_models(root)
     for name in models:
         if name not in built:
@@ -229,22 +230,43 @@ def _engines(
     return [_engine(root, name, loadable, missing) for name in built]
 
 
-def _engine(root: Path, name: str, loadable: bool, missing: list[dict[str, str]]) -> dict[str, str]:
-    from trtseg.pipeline import load_engines
+def _engine(root: Path, name: str, loadable: bool, missing: list[dict[str, str]]) -> dict[str, Any]:
+    from trtseg.chains import HostChain, load_engines
 
     try:
         engines = load_engines(name, root)
         state = "intact"
         if loadable:
-            backend = _open_cpu("f32")
-            for engine in engines.values():
-                backend.load(engine)
-            backend.close()
+            HostChain(_open_cpu("f32"), engines).close()
             state = "intact, loads on the CPU"
     except TrtsegError as error:
         state = error.found
         _lacks(missing, "engines", f"sound networks of {name}", error.action)
-    return {"name": name, "folder": str(root / name), "state": state}
+    gpu = gpu_state(root, name)
+    return {"name": name, "folder": str(root / name), "state": state, "cuda": gpu}
+
+
+def gpu_state(root: Path, name: str) -> dict[str, str]:
+    """What is compiled of a model set for GPUs, or what is wrong with it, by network.
+
+    Empty where nothing is compiled.
+    """
+    from trtseg.chains import load_engines, load_gpu_engines
+    from trtseg.gpu_engine import gpu_built
+
+    if not gpu_built(root, name):
+        return {}
+    states = {}
+    try:
+        built = load_engines(name, root)
+    except TrtsegError as error:
+        return dict.fromkeys(NETWORKS, error.found)
+    for net, one in built.items():
+        try:
+            states[net] = load_gpu_engines({net: one}, root)[net].summary
+        except TrtsegError as error:
+            states[net] = error.found
+    return states
 
 
 # For people
@@ -266,13 +288,18 @@ def lines(found: dict[str, Any]) -> list[str]:
             }
         ),
         "models": _pairs({one["name"]: one["notice"] or "-" for one in found["models"]}),
-        "engines": _pairs({one["name"]: one["state"] for one in found["engines"]}),
+        "engines": [line for one in found["engines"] for line in _engine_lines(one)],
         "missing": [f"for {one['for']}: {one['what']}" + _mend(one) for one in found["missing"]],
     }
     shown = []
     for title, rows in sections.items():
         shown += [title, *(f"  {row}" for row in rows or ["nothing"])]
     return shown
+
+
+def _engine_lines(one: dict[str, Any]) -> list[str]:
+    compiled = [f"  {net.upper()} for GPUs: {state}" for net, state in one["cuda"].items()]
+    return [f"{one['name']}  {one['state']}", *compiled]
 
 
 def _pairs(values: dict[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ TensorRT.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +18,19 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.golden import golden_scan, read_golden
-from trtseg import tiling
+from trtseg import bench, tiling
 from trtseg.architecture import NETWORKS, PUBLISHED
 from trtseg.backends.tensorrt import TensorRTBackend
 from trtseg.backends.tensorrt_library import open_library
+from trtseg.chains import load_engines, load_gpu_engines
 from trtseg.cuda import launches
 from trtseg.cuda.compile import compile_kernels
 from trtseg.cuda.device import CudaDevice, OutOfDeviceMemory, list_gpus
-from trtseg.engine import WEIGHTS, load_engine
 from trtseg.errors import DeviceError
-from trtseg.gpu_engine import GpuEngine, load_gpu_engine
+from trtseg.gpu_engine import GpuEngine
 from trtseg.nifti import read_scan
 from trtseg.normalise import z_score
+from trtseg.pipeline import Segmenter
 from trtseg.scan import Geometry, Scan
 
 pytestmark = pytest.mark.gpu
@@ -53,22 +55,28 @@ def gpu() -> None:
 
 
 @pytest.fixture(scope="session")
-def engines(gpu: None, engines_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """Model set and network to its engine, compiled on this machine."""
+def gpu_root(gpu: None, engines_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engines folder whose networks are compiled on this machine."""
     from trtseg.build.tensorrt import build_gpu_models
     from trtseg.models import find_models
 
     root = tmp_path_factory.mktemp("gpu") / "engines"
     shutil.copytree(engines_root, root)
-    compiled = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRTSEG_HOME", str(engines_root.parent))
         for models in ("demo", "random11"):
             build_gpu_models(find_models(models), root)
-            for net in NETWORKS:
-                frozen = load_engine(root, models, net).manifest["files"][WEIGHTS]
-                compiled[models, net] = load_gpu_engine(root, models, net, frozen_sha256=frozen)
-    return compiled
+    return root
+
+
+@pytest.fixture(scope="session")
+def engines(gpu_root: Path) -> Engines:
+    """Model set and network to its engine."""
+    return {
+        (models, net): one
+        for models in ("demo", "random11")
+        for net, one in load_gpu_engines(load_engines(models, gpu_root), gpu_root).items()
+    }
 
 
 @pytest.fixture
@@ -274,6 +282,27 @@ def test_batches_agree(engines, monkeypatch):
         equal = float((one == labels[1]).mean())
         print(f"batch {batch} and batch 1: {equal:.4%} of labels equal")
         assert equal >= 0.9995
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_scan_from_its_file(gpu_root, device):
+    brain = read_golden("chain_crop", "brain_").labels
+    with Segmenter("demo", engines=gpu_root, device=device) as segmenter:
+        result = segmenter.segment(golden_scan("chain_crop"))
+    assert (result.device, result.precision, segmenter.note) == ("cuda:0", "f16", "")
+    assert (result.brain == brain).mean() >= LEAST_EQUAL["demo"]
+    assert not result.cortex[result.brain == 0].any()
+    assert {"read", "upload", "brain", "cortex", "download", "host"} <= set(result.times)
+
+
+def test_bench(gpu_root):
+    load = functools.partial(Segmenter, "demo", engines=gpu_root, device="cuda")
+    report = bench.measure(load, golden_scan("chain_crop"), runs=3)
+    print(*bench.lines(report), sep="\n")
+    assert report["memory"]["device_bytes"] > 1 << 20
+    # No network beats the ceiling by more than clocks vary; a GPU of today has a tera-operation.
+    assert report["ceilings"]["operations_per_second"] > 1e12
+    assert 0 < report["of_ceilings"]["operations_per_second"] < 1.2
 
 
 # Memory

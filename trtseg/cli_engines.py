@@ -1,0 +1,156 @@
+"""``trtseg engines``: build, list and verify networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtseg import screen
+from trtseg.errors import UsageError
+from trtseg.logs import log_to
+from trtseg.options import EnginesOption, LogFileOption, ModelsOption
+from trtseg.steps import build, command, compile_for_gpus, log_start
+
+app = typer.Typer(help="Build and inspect networks.", no_args_is_help=True)
+
+
+@app.command("build")
+@command
+def engines_build(
+    models: ModelsOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="cpu, or cuda: compile for NVIDIA GPUs as well.",
+        ),
+    ] = "cpu",
+    library: Annotated[
+        str | None,
+        typer.Option(
+            "--library",
+            metavar="NAME",
+            help="tensorrt_rtx or tensorrt; default: the one that is installed.",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--form",
+            metavar="NAME",
+            help="Graph form: plain, transposed, or with channels padded plain8, transposed8; "
+            "default: the one estimated to be fastest.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch",
+            metavar="TILES",
+            help="Tiles per run; may be repeated; default: 1, 4 and 16.",
+            show_default=False,
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compute-capability",
+            metavar="X.Y",
+            help="GPUs to compile for with tensorrt_rtx, such as 7.5; may be repeated; "
+            "default: 8.0 and later.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compile for GPUs even what is compiled already.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "--engines",
+            metavar="DIR",
+            help="Folder to build into; default: engines/ in $TRTSEG_HOME, else in the clone, "
+            "else in the user's data folder.",
+            show_default=False,
+        ),
+    ] = None,
+    log_file: LogFileOption = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Freeze the checkpoints of a model set, build its networks, and compile them for GPUs."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}", expected="cpu or cuda")
+    compiled = {
+        "library": library,
+        "form": form,
+        "batches": tuple(batch or ()) or None,
+        "compute_capabilities": tuple(compute_capability or ()) or None,
+    }
+    chosen = {name: value for name, value in compiled.items() if value is not None}
+    if device == "cpu" and (chosen or force):
+        raise UsageError(
+            "an option for GPUs without --device cuda", expected="--device cuda with it"
+        )
+    with log_to(log_file):
+        log_start("engines build")
+        # Compiling starts from what is built; that is made again only where it must be.
+        build(models, out, force=device == "cpu", quiet=quiet or device == "cuda")
+        if device == "cuda":
+            compile_for_gpus(models, out, chosen, force=force, quiet=quiet)
+
+
+@app.command("list")
+@command
+def engines_list(engines: EnginesOption = None) -> None:
+    """List what is built, and what is compiled for GPUs."""
+    from trtseg.engine import built_models
+    from trtseg.home import engines_root
+    from trtseg.info import gpu_state
+
+    root = engines_root(engines)
+    names = built_models(root)
+    if not names:
+        screen.say(f"nothing is built in {root}; build with: trtseg engines build --models NAME")
+    for name in names:
+        screen.say(f"{name}  {root / name}")
+        for net, state in gpu_state(root, name).items():
+            screen.say(f"  {net.upper()} for GPUs: {state}")
+
+
+@app.command("verify")
+@command
+def engines_verify(
+    models: ModelsOption = None,
+    engines: EnginesOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="Load them there as well: cpu, cuda or cuda:N; on a GPU with its self-test.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Check every byte of what is built, and that it belongs to the checkpoint that is here."""
+    from trtseg.chains import load_engines, load_gpu_engines, open_chain
+    from trtseg.gpu_engine import gpu_built
+    from trtseg.home import engines_root
+
+    root = engines_root(engines)
+    built = load_engines(models, root)
+    for engine in built.values():
+        screen.say(f"{engine.net.upper()}: intact  {engine.folder}")
+    if gpu_built(root, built["bdn"].models):
+        for one in load_gpu_engines(built, root).values():
+            screen.say(f"{one.net.upper()}: intact  {one.folder} ({one.summary})")
+    if device is not None:
+        chain, note = open_chain(models, root, device=device)
+        screen.say(f"loaded: {chain.description}" + (f"; {note}" if note else ""))
+        chain.close()
