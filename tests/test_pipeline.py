@@ -201,7 +201,6 @@ def test_a_build_of_another_checkpoint_is_stale(engines_root: Path) -> None:
 
 def test_a_gpu_that_is_not_there(engines_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtseg.cuda.device.DRIVER", "libnone.so.1")
-    monkeypatch.setattr("trtseg.backends.tensorrt.open_library", lambda: None)
     with pytest.raises(DeviceError, match="driver is missing"):
         Segmenter("random11", engines=engines_root, device="cuda:0")
     with Segmenter("random11", engines=engines_root) as segmenter:

@@ -38,7 +38,15 @@ DONE, REFUSED, INTERRUPTED = 0, EXIT_OUTPUT, 130
 #: Files whose instructions count as writing.
 WRITING = (
     *("trtseg/files.py", "trtseg/nifti.py", "trtseg/output.py", "trtseg/sealed.py"),
-    *("gzip.py", "contextlib.py", "tempfile.py", "pathlib.py", "shutil.py", "secrets.py"),
+    *(
+        "gzip.py",
+        "igzip.py",
+        "contextlib.py",
+        "tempfile.py",
+        "pathlib.py",
+        "shutil.py",
+        "secrets.py",
+    ),
 )
 
 #: A user who owns nothing.

@@ -239,10 +239,13 @@ def test_every_file_is_written_atomically() -> None:
 # The command line, interrupted while it writes
 
 PROGRAM = """
-import gzip, sys, time
+import sys, time
+
+from isal import igzip
+
 import trtseg.cli
 
-class Slow(gzip.GzipFile):
+class Slow(igzip.IGzipFile):
     def write(self, data):
         done = super().write(data)
         print("writing", flush=True)
@@ -250,7 +253,7 @@ class Slow(gzip.GzipFile):
             time.sleep(0.1)
         return done
 
-gzip.GzipFile = Slow
+igzip.IGzipFile = Slow
 trtseg.cli.main(sys.argv[1:])
 """
 

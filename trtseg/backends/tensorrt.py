@@ -63,13 +63,14 @@ class TensorRTBackend:
     def __init__(
         self, index: int = 0, *, library: Library | None = None, device: Device | None = None
     ) -> None:
-        self._library = open_library() if library is None else library
-        self._messages = Messages()
+        # The GPU first: where there is none, the library need not be loaded, which takes memory.
         self._gpu: Device = CudaDevice(index) if device is None else device
+        self._messages = Messages()
         self._networks: dict[str, TensorRTNetwork] = {}
         self._kernels = False
         self.device = f"cuda:{index}"
         try:
+            self._library = open_library() if library is None else library
             self._logger = self._library.logger(self._messages)
             with self._gpu.active():
                 self._free = self._gpu.memory()[0]
