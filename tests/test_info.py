@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.test_chains import compiled
 from trtseg import info
 from trtseg.errors import DeviceError
 
@@ -121,6 +122,23 @@ def test_a_gpu(tmp_path, monkeypatch):
     assert not any("PyCUDA" in line or "GPU" in line for line in missing(found, "cuda"))
 
 
+def test_nothing_compiled_for_a_gpu(engines_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(info, "_open_driver", FakeDriver)
+    libraries = {**info.LIBRARIES, "pycuda": ("numpy",), "tensorrt_rtx": ("numpy",)}
+    monkeypatch.setattr(info, "LIBRARIES", libraries)
+    root = shutil.copytree(engines_root, tmp_path / "engines")
+    compiled(root, "demo")
+    found = info.gather(root)
+    assert found["devices"]["cuda"]["usable"] is True
+    assert missing(found, "cuda") == [
+        "compiled networks of random11: trtseg engines build --models random11 --device cuda"
+    ]
+    [demo, random11] = found["engines"]
+    assert demo["cuda"]["bdn"].startswith("tensorrt_rtx 9.8.7, plain, batches 1, 4, ")
+    assert random11["cuda"] == {}
+    assert f"    CGM for GPUs: {demo['cuda']['cgm']}" in info.lines(found)
+
+
 def test_libraries_that_are_not_installed(tmp_path, monkeypatch):
     nowhere = dict.fromkeys(info.LIBRARIES, ("no-such-package-here",))
     monkeypatch.setattr(info, "LIBRARIES", nowhere)
@@ -130,7 +148,9 @@ def test_libraries_that_are_not_installed(tmp_path, monkeypatch):
         "TensorFlow and ONNX, which read and write them: pip install 'trtseg[build]'"
     ]
     assert "TensorRT for RTX, or TensorRT: pip install tensorrt-rtx" in missing(found, "cuda")
-    assert "PyCUDA: pip install pycuda" in missing(found, "cuda")
+    assert "PyCUDA: put nvcc of the CUDA toolkit on PATH, then pip install pycuda" in missing(
+        found, "cuda"
+    )
 
 
 @pytest.mark.parametrize("error", [DeviceError("no CPU device"), ImportError("no openvino")])

@@ -11,6 +11,7 @@ from trtseg import __version__
 from trtseg.architecture import NETWORKS
 from trtseg.engine import build_command, built_models
 from trtseg.errors import TrtsegError
+from trtseg.gpu_engine import gpu_build_command
 from trtseg.home import checkpoints_root, engines_root, home
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def gather(engines: Path | None = None) -> dict[str, Any]:
     cpu = _cpu(missing)
     cuda = _cuda(libraries, missing)
     models = _models(libraries, missing)
+    built = _engines(root, [one["name"] for one in models], cpu["usable"], missing)
+    if cuda["usable"]:
+        _lack_compiled(built, missing)
     return {
         "versions": {
             "trtseg": __version__,
@@ -76,7 +80,7 @@ def gather(engines: Path | None = None) -> dict[str, Any]:
         },
         "devices": {"cpu": cpu, "cuda": cuda},
         "models": models,
-        "engines": _engines(root, [one["name"] for one in models], cpu["usable"], missing),
+        "engines": built,
         "missing": missing,
     }
 
@@ -133,12 +137,14 @@ def _has_bf16() -> bool:
 
 
 def _cuda(libraries: dict[str, str | None], missing: list[dict[str, str]]) -> dict[str, Any]:
+    from trtseg.cuda.device import INSTALL_PYCUDA
+
     driver, gpus = _driver(missing)
     before = len(missing)
     if libraries["tensorrt"] is None and libraries["tensorrt_rtx"] is None:
         _lacks(missing, "cuda", "TensorRT for RTX, or TensorRT", "pip install tensorrt-rtx")
     if libraries["pycuda"] is None:
-        _lacks(missing, "cuda", "PyCUDA", "pip install pycuda")
+        _lacks(missing, "cuda", "PyCUDA", INSTALL_PYCUDA)
     return {"usable": bool(gpus) and len(missing) == before, "driver": driver, "gpus": gpus}
 
 
@@ -228,6 +234,13 @@ def _engines(
         if name not in built:
             _lacks(missing, "engines", f"built networks of {name}", build_command(name))
     return [_engine(root, name, loadable, missing) for name in built]
+
+
+def _lack_compiled(built: list[dict[str, Any]], missing: list[dict[str, str]]) -> None:
+    for one in built:
+        if not one["cuda"]:
+            name = one["name"]
+            _lacks(missing, "cuda", f"compiled networks of {name}", gpu_build_command(name))
 
 
 def _engine(root: Path, name: str, loadable: bool, missing: list[dict[str, str]]) -> dict[str, Any]:
