@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 #: Largest finite number in float16 (IEEE 754 binary16).
 LARGEST_HALF = 65504.0
 
+#: Largest value on one tile that is left in float16: other tiles may go some times further.
+LARGEST_FITTING = LARGEST_HALF / 4
+
 #: ONNX's number of the type float16, as the operator Cast names it.
 _FLOAT16 = 10
 
@@ -130,7 +133,7 @@ class Evaluator:
 
 
 def fit(build: Callable[[frozenset[str]], bytes], inputs: Mapping[str, NDArray[np.float32]]) -> Fit:
-    """Find what a graph must keep in float32 for all else to stay within float16's range.
+    """Find what a graph must keep in float32 for all else to stay well within float16's range.
 
     Parameters
     ----------
@@ -152,7 +155,7 @@ def fit(build: Callable[[frozenset[str]], bytes], inputs: Mapping[str, NDArray[n
         beyond = {
             name
             for name, largest in evaluation.largest.items()
-            if LARGEST_HALF < largest < np.inf and name not in wide
+            if LARGEST_FITTING < largest < np.inf and name not in wide
         }
         if not beyond:
             break
@@ -171,7 +174,7 @@ def fit(build: Callable[[frozenset[str]], bytes], inputs: Mapping[str, NDArray[n
 
 def _beyond(evaluation: Evaluation) -> set[str]:
     """What leaves float16's range when it is kept in float32, with the casts of it."""
-    found = {name for name, largest in evaluation.kept.items() if not largest <= LARGEST_HALF}
+    found = {name for name, largest in evaluation.kept.items() if not largest <= LARGEST_FITTING}
     return found | {name + AS_HALF for name in found}
 
 

@@ -268,7 +268,7 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
     fitted = _fit(engine, network, form, inputs)
     if fitted.layers:
         kept = ", ".join(f"{label} ({', '.join(parts)})" for label, parts in fitted.layers.items())
-        say(f"{name}: kept in float32, beyond float16's range: {kept}")
+        say(f"{name}: kept in float32, near or beyond float16's range: {kept}")
     selftest, evidence = _selftest(engine, inputs, fitted)
     files = {SELFTEST: selftest, CEILING: plan.ceiling, **plan.kernels.files}
     seconds = {}
