@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,6 +321,42 @@ def test_the_next_scan_is_read_meanwhile(segmenter, tmp_path):
     assert [one.scan for one in readings] == scans[2:]
 
 
+def test_a_scan_is_ready_once_it_is_read(segmenter, tmp_path, monkeypatch):
+    scan, go = write_scan(tmp_path / "a.nii.gz"), threading.Event()
+    read = nifti.read_scan
+
+    def slowly(path: Path) -> Any:
+        go.wait()
+        return read(path)
+
+    monkeypatch.setattr(nifti, "read_scan", slowly)
+    reading = Reading(segmenter, scan, plan(scan), Options())
+    assert reading.ready() is None
+    go.set()
+    image = reading.image()
+    assert reading.ready() is image
+
+
+def test_the_segmenter_may_ask_for_the_scan_that_follows(segmenter, tmp_path, monkeypatch):
+    scans = [write_scan(tmp_path / f"{name}.nii.gz") for name in "abc"]
+    plans = [(scan, plan(scan)) for scan in scans]
+    asked: list[Any] = []
+    segment = segmenter.segment
+
+    def watched(read: Any, *, following: Any, **options: Any) -> Segmentation:
+        asked.append((read, following))
+        return segment(read, **options)
+
+    monkeypatch.setattr(segmenter, "segment", watched)
+    for reading in read_ahead(segmenter, plans, Options()):
+        assert process(segmenter, reading, Options()).status == "ok"
+    reads, following = zip(*asked, strict=True)
+    assert following[2] is None
+    for read, ready in zip(reads[1:], following, strict=False):
+        # The very array, by which the device knows what it holds already.
+        assert ready().data is read().data
+
+
 def test_no_scan_to_read(segmenter):
     assert list(read_ahead(segmenter, [], Options())) == []
 
@@ -333,6 +370,7 @@ def test_what_cannot_be_read_fails_where_it_is_waited_for(segmenter, tmp_path):
     for _ in range(2):
         with pytest.raises(InputError, match="gzip"):
             reading.image()
+        assert reading.ready() is None
 
 
 def test_what_is_complete_is_not_read(segmenter, tmp_path, monkeypatch):
@@ -342,6 +380,7 @@ def test_what_is_complete_is_not_read(segmenter, tmp_path, monkeypatch):
     options = Options(resume=True)
     reading = Reading(segmenter, scan, plan(scan), options)
     assert process(segmenter, reading, options).resumed
+    assert reading.ready() is None
 
 
 # What is done already

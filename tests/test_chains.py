@@ -27,6 +27,7 @@ from trtseg.engine import WEIGHTS, Engine
 from trtseg.errors import DeviceError, EngineError, NotCompiledError, UsageError
 from trtseg.gpu_engine import write_gpu_engine
 from trtseg.nifti import read_scan
+from trtseg.scan import Scan
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
 COST = {"multiply_adds": 1000, "bytes": 10, "time": 1}
@@ -197,6 +198,35 @@ def test_options_that_contradict_each_other(tmp_path, device, precision, said) -
     with pytest.raises(UsageError) as caught:
         open_chain("demo", tmp_path, device=device, precision=precision)
     assert str(caught.value) == said
+
+
+def test_the_scan_that_follows_goes_up_beside_the_present_one(
+    gpu: FakeTensorRT, root: Path
+) -> None:
+    chain, _ = open_chain("random11", root)
+    scan, other = read_scan(CASE), read_scan(CASE)
+    asked: list[None] = []
+
+    def following() -> Scan | None:
+        asked.append(None)
+        return other if len(asked) == 2 else None
+
+    first = chain.run(scan, following=following)
+    again = chain.run(other)
+    assert len(asked) == 2
+    assert gpu.device.asides == [scan.data.nbytes]
+    assert gpu.device.uploads.count(scan.data.nbytes) == 1
+    np.testing.assert_array_equal(first.cortex.labels, again.cortex.labels)
+    chain.close()
+
+
+def test_the_cpu_does_not_ask_for_the_scan_that_follows(root: Path) -> None:
+    def following() -> Scan | None:
+        raise AssertionError
+
+    chain, _ = open_chain("random11", root, device="cpu")
+    assert chain.run(read_scan(CASE), following=following).brain.labels.any()
+    chain.close()
 
 
 def test_auto_without_a_gpu_is_the_cpu_and_says_so(root: Path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import trtseg
 from tests.golden import GOLDEN, read_golden, read_voxels
+from trtseg.backends.base import ChainOutput
 from trtseg.errors import (
     DeviceError,
     EngineError,
@@ -23,6 +25,7 @@ from trtseg.home import demo_folder
 from trtseg.models import import_folder
 from trtseg.nifti import scan_from_array
 from trtseg.pipeline import EMPTY_BRAIN, Segmenter
+from trtseg.scan import Scan
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
 
@@ -117,6 +120,26 @@ def test_scaling_the_intensities_changes_nothing_but_rounding(
     scaled = np.asanyarray(image.dataobj).astype(np.float64) * 3.5 + 100
     again = segmenter.segment(scaled, image.affine)
     assert (again.brain != result.brain).mean() < 1e-4
+
+
+@pytest.mark.parametrize("reorient", [False, True])
+def test_the_scan_that_follows_is_the_chains_unless_it_is_turned(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, reorient: bool
+) -> None:
+    given: list[Any] = []
+    run = segmenter.chain.run
+
+    def watched(scan: Scan, **options: Any) -> ChainOutput:
+        given.append(options.pop("following"))
+        return run(scan, **options)
+
+    def following() -> Scan | None:
+        return None
+
+    monkeypatch.setattr(segmenter.chain, "run", watched)
+    segmenter.segment(CASE, reorient=reorient, following=following)
+    segmenter.segment(CASE)
+    assert given == [None if reorient else following, None]
 
 
 def test_progress_counts_every_tile(segmenter: Segmenter) -> None:

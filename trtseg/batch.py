@@ -222,6 +222,11 @@ class Reading:
     scan : Path
     paths : OutputPaths
     options : Options
+
+    Attributes
+    ----------
+    following : Reading or None
+        Of the scan that comes next.
     """
 
     def __init__(
@@ -229,6 +234,7 @@ class Reading:
     ) -> None:
         self.scan = scan
         self.paths = paths
+        self.following: Reading | None = None
         self._asked: Future[dict[str, Any]] = Future()
         self._done: Future[dict[str, Any] | None] = Future()
         self._image: Future[Scan] = Future()
@@ -246,6 +252,12 @@ class Reading:
 
     def image(self) -> Scan:
         """The scan; waits, raises what `trtseg.nifti.read_scan` raises."""
+        return self._image.result()
+
+    def ready(self) -> Scan | None:
+        """The scan if it has been read, else None, as where that failed; does not wait."""
+        if not self._image.done() or self._image.exception() is not None:
+            return None
         return self._image.result()
 
     def _read(self, segmenter: Segmenter, options: Options) -> None:
@@ -272,6 +284,7 @@ def read_ahead(
     for scan, paths in plans:
         reading, following = following, Reading(segmenter, scan, paths, options)
         if reading is not None:
+            reading.following = following
             yield reading
     if following is not None:
         yield following
@@ -338,6 +351,7 @@ def _segment(
         reorient=options.reorient,
         ga_weeks=options.ga_weeks,
         progress=progress,
+        following=None if reading.following is None else reading.following.ready,
     )
     # Files were read between two looks at their digests: these are the bytes that were segmented.
     if _request(segmenter, scan, options)["inputs"] != asked["inputs"]:

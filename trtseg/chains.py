@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from trtseg.normalise import z_score
 from trtseg.tiling import plan_tiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -68,6 +69,7 @@ class Chain(Protocol):
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
         progress: ChainProgress | None = None,
+        following: Callable[[], Scan | None] | None = None,
     ) -> ChainOutput:
         """Normalise a raw scan and run both networks over it.
 
@@ -79,6 +81,9 @@ class Chain(Protocol):
             Takes the brain network's place.
         probabilities : bool
         progress : callable, optional
+        following : callable, optional
+            Gives the scan of the next call once it is read, else None; it must not wait. A GPU
+            uploads that scan beside the present one's networks; the CPU does not ask.
 
         Raises
         ------
@@ -206,8 +211,9 @@ class HostChain:
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
         progress: ChainProgress | None = None,
+        following: Callable[[], Scan | None] | None = None,  # noqa: ARG002 (nothing to upload)
     ) -> ChainOutput:
-        """See `Chain`."""
+        """See `Chain`; `following` is not asked, for there is nothing to upload."""
         times: dict[str, float] = {}
         with stopwatch(times, "z-score"):
             scores = z_score(scan).data
@@ -310,11 +316,16 @@ class GpuChain:
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
         progress: ChainProgress | None = None,
+        following: Callable[[], Scan | None] | None = None,
     ) -> ChainOutput:
         """See `Chain`; the stage ``host`` is what the host took besides the device's stages."""
         begun = time.perf_counter()
         output = self._backend.segment_chain(
-            scan.data, mask=mask, probabilities=probabilities, progress=progress
+            scan.data,
+            mask=mask,
+            probabilities=probabilities,
+            progress=progress,
+            following=None if following is None else lambda: _voxels(following()),
         )
         for stage, seconds in output.times.items():
             LOG.info("%s: %.4f s", stage, seconds)
@@ -343,6 +354,10 @@ class GpuChain:
     def close(self) -> None:
         """See `Chain`."""
         self._backend.close()
+
+
+def _voxels(scan: Scan | None) -> NDArray[Any] | None:
+    return None if scan is None else scan.data
 
 
 def gate(output: NetworkOutput, roi: NDArray[np.bool_]) -> NetworkOutput:

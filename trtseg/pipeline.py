@@ -27,7 +27,7 @@ from trtseg.orientation import reorient as orient
 from trtseg.qc import Qc, assess, check_ga
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -184,6 +184,7 @@ class Segmenter:
         reorient: bool = False,
         ga_weeks: float | None = None,
         progress: ChainProgress | None = None,
+        following: Callable[[], Scan | None] | None = None,
     ) -> Segmentation:
         """Segment one scan.
 
@@ -206,6 +207,10 @@ class Segmenter:
             Gestational age in weeks, 18 to 45: what volumes are plausible.
         progress : callable, optional
             Called as ``progress(network, done, total)`` after every batch of tiles.
+        following : callable, optional
+            Gives the scan of the next call once it is read, and None until then; it must not wait.
+            A GPU uploads it beside the present one's networks; that scan's array must not change
+            in between. Not called on a CPU, nor with `reorient`, which makes another array.
 
         Returns
         -------
@@ -229,7 +234,13 @@ class Segmenter:
                 check_unambiguous(image)
                 work, orientation = to_canonical(image)
                 given = None if given is None else orient(given, orientation)
-        output = self.chain.run(work, mask=given, probabilities=probabilities, progress=progress)
+        output = self.chain.run(
+            work,
+            mask=given,
+            probabilities=probabilities,
+            progress=progress,
+            following=None if reorient else following,
+        )
         brain, cortex = output.brain, output.cortex
         if orientation is not None:
             brain, cortex = _restore(brain, orientation), _restore(cortex, orientation)

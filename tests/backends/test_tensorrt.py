@@ -185,6 +185,33 @@ def test_a_scan_like_the_last_allocates_and_binds_nothing(backend, fake):
     assert [one.bindings for one in fake.contexts] == bindings
 
 
+def test_scans_that_follow_go_up_beside_the_networks(backend, fake):
+    scans = [scan_of((14, 9, 12), seed=seed) for seed in range(4)]
+    expected = [backend.segment_chain(raw) for raw in scans]
+    fake.device.uploads.clear()
+    bindings = None
+    for raw, other, told in zip(scans, [*scans[1:], None], expected, strict=True):
+        output = backend.segment_chain(raw, following=lambda other=other: other)
+        np.testing.assert_array_equal(output.brain.labels, told.brain.labels)
+        np.testing.assert_array_equal(output.cortex.labels, told.cortex.labels)
+        # The library is bound to tensors and not to voxels: it need not capture graphs anew.
+        bindings = bindings or [one.bindings for one in fake.contexts]
+        assert [one.bindings for one in fake.contexts] == bindings
+    assert fake.device.asides == [scans[0].nbytes] * 3
+    assert fake.device.uploads.count(scans[0].nbytes) == 1
+
+
+def test_a_backend_that_is_closed_under_a_copy(fake, write):
+    backend = TensorRTBackend(library=fake.library, device=fake.device)
+    for net in ("bdn", "cgm"):
+        backend.load(write(net, library=fake.library.name))
+    other = scan_of((9, 9, 9), seed=1)
+    backend.segment_chain(scan_of((9, 9, 9)), following=lambda: other)
+    assert fake.device.in_flight == 1
+    backend.close()
+    assert fake.device.buffers == fake.device.in_flight == 0
+
+
 def test_what_the_library_logs_is_not_kept(backend, fake):
     for _ in range(3):
         fake.log()
@@ -279,6 +306,32 @@ def test_a_scan_that_does_not_fit_makes_both_networks_smaller(backend, fake):
     assert fake.opened == [4, 4]
     np.testing.assert_array_equal(output.cortex.labels, expected.cortex.labels)
     assert output.cortex_voxels == expected.cortex_voxels
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_scan_that_follows_and_does_not_fit_makes_both_networks_smaller(backend, fake, staged):
+    """Whatever was brought up beside the scan before, the second attempt begins anew."""
+    first, raw, last = scan_of((6, 6, 6)), scan_of((30, 30, 30)), scan_of((30, 30, 30), seed=1)
+    expected = [backend.segment_chain(one) for one in (raw, last)]
+    fake.device.capacity = fake.device.in_use - 10_000
+    with fake.device.active():
+        backend._chain.release()
+    fake.opened.clear()
+    fake.device.asides.clear()
+    asked = []
+
+    def following():
+        asked.append(None)
+        return last
+
+    backend.segment_chain(first, following=lambda: raw if staged else None)
+    assert fake.device.asides == [raw.nbytes] * staged
+    outputs = [backend.segment_chain(raw, following=following), backend.segment_chain(last)]
+    assert fake.opened == [4, 4]
+    assert asked
+    for output, told in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(output.cortex.labels, told.cortex.labels)
+        assert output.cortex_voxels == told.cortex_voxels
 
 
 def test_a_scan_that_never_fits_says_what_is_missing(backend, fake):

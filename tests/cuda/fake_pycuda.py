@@ -26,6 +26,7 @@ class FakePycuda:
         self.stack: list[str] = []
         self.held: set[str] = set()
         self.gpus = gpus
+        self.streams = 0
         self.free = 5000
         self.driver = self._module()
         package = ModuleType("pycuda")
@@ -96,13 +97,18 @@ class FakePycuda:
                 return Context()
 
         class Stream:
-            handle = 4242
-
             def __init__(self) -> None:
                 fake.call("stream")
+                self.handle = 4242 + fake.streams
+                self.name = " aside" if fake.streams % 2 else ""
+                fake.streams += 1
 
             def synchronize(self) -> None:
-                fake.call("synchronize")
+                fake.call("synchronize" + self.name)
+
+            def wait_for_event(self, event: Event) -> None:
+                assert isinstance(event, Event)
+                fake.call("join" + self.name)
 
         class Event:
             def __init__(self) -> None:
@@ -110,7 +116,7 @@ class FakePycuda:
 
             def record(self, stream: Stream) -> None:
                 assert isinstance(stream, Stream)
-                fake.call("record")
+                fake.call("record" + stream.name)
 
             def synchronize(self) -> None:
                 fake.call("wait")
@@ -152,6 +158,7 @@ class FakePycuda:
 
             def prepared_async_call(self, grid: Any, block: Any, stream: Any, *values: Any) -> None:
                 assert isinstance(stream, Stream)
+                assert not stream.name
                 fake.call("launch", self.name, grid, block, *values)
 
         class Module:
@@ -183,7 +190,9 @@ class FakePycuda:
             mem_get_info=mem_get_info,
             pagelocked_empty=pagelocked_empty,
             module_from_buffer=module_from_buffer,
-            memcpy_htod_async=lambda to, source, stream: fake.call("htod", to, len(source)),
+            memcpy_htod_async=lambda to, source, stream: fake.call(
+                "htod" + stream.name, to, len(source)
+            ),
             memcpy_dtoh_async=lambda target, source, stream: fake.call("dtoh", len(target), source),
             memcpy_dtod_async=lambda to, source, size, stream: fake.call("dtod", to, source, size),
             memset_d8_async=lambda to, value, size, stream: fake.call("memset", to, value, size),

@@ -1,8 +1,10 @@
 """A device that is the host: ``kernels.cu`` compiled by a C++ compiler, and a stream that is lazy.
 
 What is put into the stream runs when the host waits for it, and not before, so that host memory
-which is used again too early shows in the results. Device memory starts with rubbish in it and has
-guards on both sides.
+which is used again too early shows in the results. What is uploaded aside runs when the stream
+passes a join, and not before, or where the device is hasty at once: a join that was forgotten, and
+a buffer that is still in use, show. Device memory starts with rubbish in it and has guards on both
+sides.
 """
 
 from __future__ import annotations
@@ -54,14 +56,24 @@ class HostDevice:
     ----------
     capacity : int
         Bytes of "device" memory.
+    hasty : bool
+        Whether what is uploaded aside is there at once.
+
+    Attributes
+    ----------
+    uploads, asides : list of int
+        Bytes of each upload, in the stream and aside.
     """
 
     name = "host double"
     compute_capability = (8, 6)
     stream = 77
 
-    def __init__(self, capacity: int = 1 << 30) -> None:
+    def __init__(self, capacity: int = 1 << 30, *, hasty: bool = False) -> None:
         self.capacity = capacity
+        self.hasty = hasty
+        self.uploads: list[int] = []
+        self.asides: list[int] = []
         self.allocations = 0  # ever made, on either side
         self.loaded: dict[str, bytes] = {}
         self.closed = False
@@ -69,6 +81,8 @@ class HostDevice:
         self._memory: dict[int, NDArray[np.uint8]] = {}
         self._pinned: dict[int, NDArray[np.uint8]] = {}
         self._queue: deque[Callable[[], None]] = deque()
+        self._aside: list[Callable[[], None]] = []  # not joined yet
+        self._copies: list[tuple[int, NDArray[np.uint8]]] = []  # under way aside, joined or not
         self._active = 0
         self._ticks = 0
 
@@ -97,6 +111,7 @@ class HostDevice:
 
     def free(self, address: int) -> None:
         assert self._active
+        assert all(address != one for one, _ in self._copies), "freed under a copy to it"
         self._check_guards(address)
         del self._memory[address]
 
@@ -110,6 +125,7 @@ class HostDevice:
     def free_pinned(self, memory: NDArray[np.uint8]) -> None:
         assert self._active
         assert not self._queue, "freed while the stream may still use it"
+        assert not any(self._within(one, memory) for _, one in self._copies), "freed under a copy"
         del self._pinned[memory.ctypes.data]
 
     def load_kernels(self, files: Mapping[str, bytes]) -> None:
@@ -124,7 +140,27 @@ class HostDevice:
 
     def upload(self, address: int, source: NDArray[np.uint8]) -> None:
         assert any(self._within(source, one) for one in self._pinned.values())
+        self.uploads.append(source.nbytes)
         self.submit(lambda: ctypes.memmove(address, source.ctypes.data, source.nbytes))
+
+    def upload_aside(self, address: int, source: NDArray[np.uint8]) -> None:
+        assert self._active
+        assert any(self._within(source, one) for one in self._pinned.values())
+        self.asides.append(source.nbytes)
+
+        def work() -> None:
+            ctypes.memmove(address, source.ctypes.data, source.nbytes)
+            del self._copies[0]
+
+        self._copies.append((address, source))
+        if self.hasty:
+            work()
+        else:
+            self._aside.append(work)
+
+    def join(self) -> None:
+        joined, self._aside = self._aside, []
+        self.submit(lambda: [work() for work in joined])
 
     def download(self, target: NDArray[np.uint8], address: int) -> None:
         assert any(self._within(target, one) for one in self._pinned.values())
@@ -159,6 +195,7 @@ class HostDevice:
 
     def close(self) -> None:
         with self.active():
+            self.join()
             self.synchronize()
         for address in self._memory:
             self._check_guards(address)
@@ -170,6 +207,11 @@ class HostDevice:
     def in_use(self) -> int:
         """Bytes of device memory handed out."""
         return sum(len(memory) - 2 * GUARD for memory in self._memory.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Uploads aside that have not ended."""
+        return len(self._copies)
 
     @property
     def buffers(self) -> int:

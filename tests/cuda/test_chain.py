@@ -286,6 +286,313 @@ def test_dropped_executors_are_reserved_again(device):
     assert device.in_use == held
 
 
+# The scan that follows, uploaded beside the networks
+
+
+@pytest.fixture(params=[False, True], ids=["late", "hasty"])
+def either(request) -> Iterator[HostDevice]:
+    """A device that copies aside as late as it may, or as early."""
+    device = HostDevice(hasty=request.param)
+    with device.active():
+        yield device
+    device.close()
+
+
+class Following:
+    """Gives a scan from the call after `late` others on; notes how often it was asked."""
+
+    def __init__(self, raw: NDArray | None, late: int = 0) -> None:
+        self.raw, self.late, self.asked = raw, late, 0
+
+    def __call__(self) -> NDArray | None:
+        self.asked += 1
+        return self.raw if self.asked > self.late else None
+
+
+def assert_same(found, expected):
+    for one, other in ((found.brain, expected.brain), (found.cortex, expected.cortex)):
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_array_equal(one.probabilities, other.probabilities)
+    assert found.cortex_voxels == expected.cortex_voxels
+
+
+def alone(raw: NDArray, **options):
+    """What a chain of its own makes of a scan."""
+    device = HostDevice()
+    with device.active():
+        return Chain(device).segment(raw, *networks(device), probabilities=True, **options)
+
+
+SCANS = st.builds(
+    scan_of,
+    st.tuples(*[st.integers(3, 15)] * 3),
+    dtype=st.sampled_from(["uint8", "int16", "float16", "float32", "float64", "uint64"]),
+    order=st.sampled_from("CF"),
+    seed=st.integers(0, 99),
+)
+
+
+@given(scans=st.lists(SCANS, min_size=2, max_size=5), hasty=st.booleans(), data=st.data())
+@FEW
+def test_scans_that_follow_give_the_same_bits(scans, hasty, data):
+    device = HostDevice(hasty=hasty)
+    bdn, cgm = networks(device)
+    with device.active():
+        chain = Chain(device)
+        for raw, other in zip(scans, [*scans[1:], None], strict=True):
+            following = Following(other, data.draw(st.integers(0, 2)))
+            found = chain.segment(raw, bdn, cgm, probabilities=True, following=following)
+            assert_same(found, alone(raw))
+    device.close()
+
+
+def voxel_uploads(device: HostDevice, raw: NDArray) -> int:
+    return device.uploads.count(raw.nbytes)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["float16", "int16", "float64"])
+def test_what_follows_is_uploaded_once_and_aside(either, dtype, order):
+    scans = [scan_of((14, 9, 12), dtype=dtype, order=order, seed=seed) for seed in range(4)]
+    size = scans[0].size * max(4 if dtype == "float16" else 0, scans[0].itemsize)
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+    for raw, other in zip(scans, [*scans[1:], None], strict=True):
+        found = chain.segment(raw, bdn, cgm, probabilities=True, following=Following(other))
+        assert_same(found, alone(raw))
+        assert tuple(found.times) == STAGES
+    assert either.asides == [size] * 3
+    assert either.uploads.count(size) == 1
+
+
+def test_it_goes_up_while_batches_are_in_flight(device):
+    bdn, cgm = networks(device)
+    begun, waiting = [], []
+    submit, aside = bdn.enqueue, device.upload_aside
+
+    def enqueue():
+        begun.append(None)
+        submit()
+
+    def upload_aside(*what):
+        waiting.append(len(begun) - bdn.runs)
+        aside(*what)
+
+    bdn.enqueue, device.upload_aside = enqueue, upload_aside
+    raw, other = scan_of((14, 14, 9)), scan_of((14, 14, 9), seed=1)  # 18 tiles, 5 batches
+    Chain(device).segment(raw, bdn, cgm, following=Following(other))
+    assert waiting == [DEPTH + 1]
+
+
+def test_the_copy_may_outlast_the_scan_beside_it(device):
+    """Its wait is the next scan's, whose results show that it is waited for."""
+    chain = Chain(device)
+    bdn, cgm = networks(device)
+    raw, other = scan_of((6, 6, 6)), scan_of((6, 6, 6), seed=1)
+    mask = np.ones(raw.shape, bool)
+    following = Following(other, late=1)  # 8 tiles, 2 batches
+    chain.segment(raw, bdn, cgm, mask=mask, following=following)
+    assert following.asked == 2
+    assert device.in_flight == 1
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+    assert device.in_flight == 0
+
+
+def test_a_join_that_is_forgotten_shows(device, monkeypatch):
+    chain = Chain(device)
+    bdn, cgm = networks(device)
+    raw, other = scan_of((9, 9, 9)), scan_of((9, 9, 9), seed=1)
+    chain.segment(raw, bdn, cgm, following=Following(other))
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "join", lambda: None)
+        with pytest.raises(DeviceError, match="the GPU finds mean"):
+            chain.segment(other, bdn, cgm)
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+
+
+def test_it_is_asked_for_once_a_batch_until_it_is_there(device):
+    raw, other = scan_of((14, 14, 9)), scan_of((6, 6, 6))
+    bdn, cgm = networks(device, bdn=threshold(SPEC, -99))
+    for late, asked, staged in [(0, 1, 1), (7, 8, 1), (9, 10, 1), (10, 10, 0), (99, 10, 0)]:
+        device.asides.clear()
+        following = Following(other, late)  # 2 networks of 5 batches
+        Chain(device).segment(raw, bdn, cgm, following=following)
+        assert (following.asked, len(device.asides)) == (asked, staged)
+
+
+def test_a_scan_that_never_comes_is_not_asked_for_by_others(device):
+    raw, following = scan_of((9, 9, 9)), Following(None)
+    chain = Chain(device)
+    bdn, cgm = networks(device)
+    chain.segment(raw, bdn, cgm, following=following)
+    asked = following.asked
+    assert asked > 0
+    scores = scores_of(raw)
+    chain.run(scores, tiling.plan_tiles(scores.shape, SPEC), bdn)
+    chain.segment(raw, bdn, cgm)
+    assert following.asked == asked
+    assert device.asides == []
+
+
+def test_another_scan_than_the_one_that_was_to_follow(either):
+    """Also one of the same shape and type: what counts is that it is the very array."""
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+    raw, other, third = (scan_of((14, 9, 12), seed=seed) for seed in range(3))
+    chain.segment(raw, bdn, cgm, following=Following(other))
+    found = chain.segment(third, bdn, cgm, probabilities=True, following=Following(raw))
+    assert_same(found, alone(third))
+    assert voxel_uploads(either, raw) == 2
+    # What was to follow first is not there any more.
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+    assert voxel_uploads(either, raw) == 3
+
+
+def test_one_network_between_the_two(either):
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+    raw, other = scan_of((9, 9, 9)), scan_of((9, 9, 9), seed=1)
+    chain.segment(raw, bdn, cgm, following=Following(other))
+    scores = scores_of(scan_of((14, 6, 17)))
+    between = chain.run(scores, tiling.plan_tiles(scores.shape, SPEC), bdn)
+    assert_labels(between.labels, on_cpu(bdn.function, SPEC, scores))
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+    assert voxel_uploads(either, raw) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DeviceError("boom")])
+@pytest.mark.parametrize("net", ["bdn", "cgm"])
+def test_a_failure_after_the_next_scan_went_up(either, net, error):
+    def progress(at, done, total):
+        if at == net and done:
+            raise error
+
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+    raw, other = scan_of((14, 9, 12)), scan_of((14, 9, 12), seed=1)
+    with pytest.raises(type(error) if isinstance(error, DeviceError) else error):
+        chain.segment(raw, bdn, cgm, progress=progress, following=Following(other))
+    assert either.asides == [raw.nbytes]
+    assert either.in_flight == 0
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+    assert voxel_uploads(either, raw) == 2
+
+
+def test_a_failure_while_the_next_scan_is_asked_for(either):
+    def following():
+        raise KeyboardInterrupt
+
+    chain, raw = Chain(either), scan_of((9, 9, 9))
+    bdn, cgm = networks(either)
+    with pytest.raises(KeyboardInterrupt):
+        chain.segment(raw, bdn, cgm, following=following)
+    chain.release()
+    assert_same(chain.segment(raw, bdn, cgm, probabilities=True), alone(raw))
+
+
+@pytest.mark.parametrize("allocate", ["allocate", "pinned"])
+def test_too_little_memory_for_the_next_scan(either, monkeypatch, allocate):
+    """On the device or of the page-locked kind: it goes up in its turn, and nothing is said."""
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+    raw, other = scan_of((14, 9, 12)), scan_of((14, 9, 12), seed=1)
+    chain.segment(raw, bdn, cgm, probabilities=True)
+
+    def none(size: int) -> None:
+        if allocate == "allocate":
+            raise OutOfDeviceMemory(size, 0, "one buffer")
+        raise DeviceError("no page-locked memory")
+
+    following = Following(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(either, allocate, none)
+        found = chain.segment(raw, bdn, cgm, probabilities=True, following=following)
+    assert_same(found, alone(raw))
+    assert following.asked == 1
+    assert either.asides == []
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+    assert voxel_uploads(either, raw) == 3
+
+
+def test_too_little_host_memory_for_the_next_scan(device):
+    raw = scan_of((9, 9, 9))
+
+    class Huge(np.ndarray):
+        def astype(self, *what):
+            raise MemoryError
+
+    other = scan_of((9, 9, 9), dtype="float16").view(Huge)
+    found = Chain(device).segment(
+        raw, *networks(device), probabilities=True, following=Following(other)
+    )
+    assert_same(found, alone(raw))
+    assert device.asides == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_scan_that_fits_fits_after_another(either, same):
+    """The room of the scan that follows is given up before batches become smaller."""
+    bdn, cgm = networks(either)
+    small, large = scan_of((9, 9, 9)), scan_of((30, 14, 20))
+    chain = Chain(either)
+    chain.segment(large, bdn, cgm, probabilities=True)
+    either.capacity = either.in_use + 600  # not the 729 voxels of two bytes besides
+    chain.release()
+    chain.segment(small, bdn, cgm, probabilities=True, following=Following(large))
+    assert either.asides == [large.nbytes]
+    found = chain.segment(large if same else large.copy(), bdn, cgm, probabilities=True)
+    assert_same(found, alone(large))
+    assert either.in_flight == 0
+
+
+def test_what_does_not_fit_at_all_after_another(either):
+    bdn, cgm = networks(either)
+    small, large = scan_of((9, 9, 9)), scan_of((40, 40, 40))
+    chain = Chain(either)
+    chain.segment(small, bdn, cgm, probabilities=True)
+    either.capacity = either.in_use + large.nbytes + 1000
+    chain.segment(small, bdn, cgm, probabilities=True, following=Following(large))
+    assert either.asides == [large.nbytes]
+    with pytest.raises(OutOfDeviceMemory, match="40 x 40 x 40 voxels in batches of 4 tiles"):
+        chain.segment(large, bdn, cgm)
+    assert either.in_flight == 0
+    assert_same(chain.segment(small, bdn, cgm, probabilities=True), alone(small))
+
+
+def test_scans_that_follow_allocate_nothing_once_warm(either):
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+
+    def run(seeds: range) -> None:
+        scans = [scan_of((6 if seed % 3 else 14, 9, 12), seed=seed) for seed in seeds]
+        for raw, other in zip(scans, [*scans[1:], None], strict=True):
+            chain.segment(raw, bdn, cgm, probabilities=True, following=Following(other))
+
+    run(range(6))
+    made, held = either.allocations, either.buffers
+    run(range(6, 18))
+    assert either.allocations == made
+    assert either.buffers == held
+    assert len(either.asides) == 5 + 11
+
+
+@pytest.mark.parametrize("free", [Chain.release, Chain.drop_executors])
+def test_memory_that_is_freed_under_a_copy(either, free):
+    chain = Chain(either)
+    bdn, cgm = networks(either)
+    raw, other = scan_of((9, 9, 9)), scan_of((9, 9, 9), seed=1)
+    chain.segment(raw, bdn, cgm, following=Following(other))
+    held = either.in_use
+    free(chain)
+    assert either.in_flight == 0
+    assert either.in_use < held
+    assert either.buffers == 0 or free is Chain.drop_executors
+    assert_same(chain.segment(other, bdn, cgm, probabilities=True), alone(other))
+    assert voxel_uploads(either, raw) == 2
+    # With nothing that follows, no room is held for it.
+    assert either.in_use < held + 8 * raw.size
+
+
 # What is refused
 
 

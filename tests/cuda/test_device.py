@@ -135,7 +135,15 @@ def test_close_frees_what_is_left_before_the_context(
     pycuda.calls.clear()
     device.close()
     device.close()
-    assert pycuda.names() == ["push", "synchronize", "free", "free", "pop", "detach"]
+    assert pycuda.names() == [
+        "push",
+        "synchronize",
+        "synchronize aside",
+        "free",
+        "free",
+        "pop",
+        "detach",
+    ]
     assert not pycuda.held
 
 
@@ -143,7 +151,7 @@ def test_close_of_a_device_that_failed(pycuda: FakePycuda) -> None:
     with CudaDevice() as device, device.active():
         device.allocate(100)
         device.pinned(100)
-        for name in ("synchronize", "free"):
+        for name in ("synchronize", "synchronize aside", "free"):
             pycuda.failures[name] = pycuda.driver.LogicError("an illegal memory access")
     assert pycuda.names()[-3:] == ["free", "pop", "detach"]
 
@@ -209,6 +217,22 @@ def test_copies_and_markers(pycuda: FakePycuda, device: CudaDevice) -> None:
     ]
 
 
+def test_the_stream_waits_for_what_went_aside(pycuda: FakePycuda, device: CudaDevice) -> None:
+    with device.active():
+        host = device.pinned(60)
+        pycuda.calls.clear()
+        device.upload_aside(0x2000, host[:30])
+        device.join()
+        device.synchronize()
+    # The marker lies behind the copy in its stream; nothing is created for it.
+    assert pycuda.calls[:-1] == [
+        ("htod aside", 0x2000, 30),
+        ("record aside",),
+        ("join",),
+        ("synchronize",),
+    ]
+
+
 def test_machine_code_comes_before_ptx(pycuda: FakePycuda, device: CudaDevice) -> None:
     with device.active():
         device.load_kernels({"kernels.ptx": b"text", "kernels.fatbin": b"code"})
@@ -247,6 +271,9 @@ def test_launch(pycuda: FakePycuda, device: CudaDevice, threads: int, blocks: in
 ACTIONS = {
     "dtod": lambda device, host, event: device.copy(0x2000, 0x1000, 10),
     "htod": lambda device, host, event: device.upload(0x2000, host),
+    "htod aside": lambda device, host, event: device.upload_aside(0x2000, host),
+    "record aside": lambda device, host, event: device.join(),
+    "join": lambda device, host, event: device.join(),
     "dtoh": lambda device, host, event: device.download(host, 0x4000),
     "memset": lambda device, host, event: device.zero(0x3000, 7),
     "launch": lambda device, host, event: device.launch(Launch("gate", 1, b"01234567")),

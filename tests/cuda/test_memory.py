@@ -62,6 +62,26 @@ def test_dropped_memory_is_given_back(device: HostDevice) -> None:
     assert device.in_use == 0
 
 
+def test_swapped_buffers_change_names(device: HostDevice) -> None:
+    memory = Memory(device)
+    memory.reserve({"a": 300, "b": 100}, "a scan")
+    a, b = memory["a"], memory["b"]
+    memory.swap("a", "b")
+    assert (memory["a"], memory.size("a")) == (b, 100)
+    assert (memory["b"], memory.size("b")) == (a, 300)
+
+
+def test_a_buffer_swapped_with_none_is_renamed(device: HostDevice) -> None:
+    memory = Memory(device)
+    memory.reserve({"b": 100}, "a scan")
+    address = memory["b"]
+    memory.swap("a", "b")
+    assert memory.names() == ["a"]
+    assert memory["a"] == address
+    memory.swap("a", "b")
+    assert memory.names() == ["b"]
+
+
 def test_pinned_memory_is_reused_and_grows(device: HostDevice) -> None:
     memory = Memory(device)
     first = memory.pinned("up", 100)

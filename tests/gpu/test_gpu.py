@@ -305,19 +305,40 @@ def test_bench(gpu_root):
     assert 0 < report["of_ceilings"]["operations_per_second"] < 1.2
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_scans_that_go_up_beside_the_one_before(backend, order):
+    rng = np.random.default_rng(2)
+    shapes = [(61, 70, 58), (40, 45, 50), (61, 70, 58), (90, 60, 47)]
+    scans = [
+        np.asarray(rng.integers(0, 900, shape).astype(np.int16), order=order) for shape in shapes
+    ]
+    alone = [backend.segment_chain(scan) for scan in scans]
+    for scan, following, expected in zip(scans, [*scans[1:], None], alone, strict=True):
+        found = backend.segment_chain(scan, following=lambda one=following: one)
+        np.testing.assert_array_equal(found.brain.labels, expected.brain.labels)
+        np.testing.assert_array_equal(found.cortex.labels, expected.cortex.labels)
+
+
 # Memory
 
 
-def test_memory_is_flat_over_200_scans(engines):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_memory_is_flat_over_200_scans(engines, ahead):
     device = CudaDevice()
     backend = opened(engines, "demo", device=device)
     raw = np.random.default_rng(0).integers(0, 900, (40, 35, 30)).astype(np.int16)
-    for _ in range(3):
-        backend.segment_chain(raw)
+    pair = [raw, raw.copy()]
+
+    def run(number: int) -> None:
+        following = (lambda: pair[(number + 1) % 2]) if ahead else None
+        backend.segment_chain(pair[number % 2], following=following)
+
+    for number in range(4):
+        run(number)
     with device.active():
         free, _ = device.memory()
-    for _ in range(200):
-        backend.segment_chain(raw)
+    for number in range(200):
+        run(number)
     with device.active():
         assert device.memory()[0] >= free
     backend.close()

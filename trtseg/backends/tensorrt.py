@@ -118,6 +118,7 @@ class TensorRTBackend:
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
         progress: ChainProgress | None = None,
+        following: Callable[[], NDArray[Any] | None] | None = None,
     ) -> ChainOutput:
         """Run both loaded networks over a scan, all on the GPU; see `trtseg.cuda.chain.Chain`.
 
@@ -132,6 +133,9 @@ class TensorRTBackend:
         probabilities : bool
         progress : callable, optional
             Called as ``progress(net, done, total)``.
+        following : callable, optional
+            Gives the next scan's voxels once they are there, else None, again where it is asked
+            again; they go up beside the networks, as `trtseg.cuda.chain.Chain.segment` says.
 
         Returns
         -------
@@ -156,6 +160,7 @@ class TensorRTBackend:
                 mask=mask,
                 probabilities=probabilities,
                 progress=progress,
+                following=following,
             )
         )
 

@@ -2,12 +2,15 @@
 
 upload -> z-score -> brain network -> boxes of the brain -> cortex network -> gate -> download.
 
+The next scan's voxels go up beside the networks, where they are there by then.
+
 What runs a network is behind `Executor`, what runs a kernel behind `trtseg.cuda.device.Device`;
 with other implementations of the two, the same code runs and is tested without a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -19,13 +22,14 @@ import numpy as np
 from trtseg import tiling
 from trtseg.backends.base import ChainOutput, NetworkOutput, network_progress
 from trtseg.cuda import launches
+from trtseg.cuda.device import OutOfDeviceMemory
 from trtseg.cuda.memory import Memory
 from trtseg.errors import DeviceError, EngineError
 from trtseg.normalise import z_score
 from trtseg.scan import Geometry, Scan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,13 +42,16 @@ if TYPE_CHECKING:
 #: the host, and few enough for progress to be true and an interrupt to be heard.
 DEPTH = 4
 
-#: The stages of a scan, in order, by the device's clock; ``brain`` is the upload of the mask where
-#: it was given.
+#: The stages of a scan, in order, by the device's clock; ``upload`` is the wait for what went up
+#: beside the scan before, and ``brain`` the upload of the mask, where that is so.
 STAGES = ("upload", "z-score", "brain", "boxes", "cortex", "gate", "download")
 
 #: Standard deviation, as a part of the mean, above which a scan surely has contrast; with less, the
 #: CPU judges whether it can be scaled.
 _CLEAR_CONTRAST = 1e-6
+
+#: The buffers, on the device and page-locked, of the scan that goes up beside the present one.
+_ASIDE = "voxels aside"
 
 #: Plans that are kept, so that a series of scans of one shape plans once.
 _PLANS = 8
@@ -108,6 +115,8 @@ class Chain:
         self._marks = [device.event() for _ in range(len(STAGES) + 1)]
         self._ring = [device.event() for _ in range(DEPTH)]
         self._plans: dict[tuple[Shape, NetworkSpec], TilePlan] = {}
+        self._following: Callable[[], NDArray[Any] | None] | None = None  # until it gives one
+        self._staged: NDArray[Any] | None = None  # what `_ASIDE` holds, or will once joined
 
     def segment(
         self,
@@ -118,8 +127,12 @@ class Chain:
         mask: NDArray[np.bool_] | None = None,
         probabilities: bool = False,
         progress: ChainProgress | None = None,
+        following: Callable[[], NDArray[Any] | None] | None = None,
     ) -> ChainOutput:
         """Run both networks over a scan.
+
+        Only the copy of the following scan may still be under way on return, from memory of the
+        chain's own.
 
         Parameters
         ----------
@@ -131,6 +144,11 @@ class Chain:
         probabilities : bool
         progress : callable, optional
             Called as ``progress(net, done, total)``, first with 0 done, then as batches finish.
+        following : callable, optional
+            Gives the next scan's voxels, or None while they are not there; called once a batch
+            until it gives them. They are brought to the device beside the networks, and must not
+            change until `segment` is called with that very array, which then uploads nothing. With
+            another array, after an error, or with too little memory for both, scans go up in turn.
 
         Returns
         -------
@@ -149,11 +167,13 @@ class Chain:
         """
         voxels = launches.readable(raw)
         brain_plan, full = self._plan(voxels, bdn.spec), self._plan(voxels, cgm.spec)
-        self._reserve(voxels, (brain_plan, full), (bdn, cgm), probabilities)
-        brain = self._maps(0, voxels.size, probabilities and mask is None)
-        cortex = self._maps(1, voxels.size, probabilities)
         try:
-            self._start(voxels, probabilities)
+            staged = self._take(raw)
+            self._following = following
+            self._reserve(voxels, (brain_plan, full), (bdn, cgm), probabilities)
+            brain = self._maps(0, voxels.size, probabilities and mask is None)
+            cortex = self._maps(1, voxels.size, probabilities)
+            self._start(voxels, probabilities, staged=staged)
             self._z_score(voxels)
             self._normalise(voxels, brain_plan if mask is None else full)
             self._mark("z-score")
@@ -176,8 +196,13 @@ class Chain:
             _check_finite(summary, cgm.net)
             maps = [self._probabilities(one, voxels.shape) for one in (brain, cortex)]
             self._mark("download")
+        except BaseException:
+            self._staged = None
+            self._device.join()
+            raise
         finally:
-            # Whatever happened, nothing may still read or write the memory after this.
+            # Whatever happened, nothing but what goes on aside may read or write memory after this.
+            self._following = None
             self._device.synchronize()
         return ChainOutput(
             brain=NetworkOutput(labels[0], maps[0]),
@@ -273,13 +298,18 @@ class Chain:
         self._memory.reserve(_executor_sizes([executor]), f"batches of {executor.batch} tiles")
 
     def drop_executors(self) -> None:
-        """Free what networks need whatever the scan; it is reserved again when one runs."""
+        """Free what networks need whatever the scan, and the room for the scan that follows.
+
+        Both are reserved again when they are needed.
+        """
+        self._drop_aside()
         for name in self._memory.names():
             if name == "scratch" or name.startswith(_tensor("")):
                 self._memory.drop(name)
 
     def release(self) -> None:
         """Free the chain's memory."""
+        self._drop_aside()
         self._memory.release()
 
     def _plan(self, voxels: NDArray[Any], spec: NetworkSpec) -> TilePlan:
@@ -314,7 +344,14 @@ class Chain:
         }
         size = " x ".join(map(str, voxels.shape))
         batch = max(executor.batch for executor in executors)
-        self._memory.reserve(sizes, f"a scan of {size} voxels in batches of {batch} tiles")
+        purpose = f"a scan of {size} voxels in batches of {batch} tiles"
+        try:
+            self._memory.reserve(sizes, purpose)
+        except OutOfDeviceMemory:
+            if not self._memory.size(_ASIDE):
+                raise
+            self._drop_aside()  # to go up early is not worth smaller batches
+            self._memory.reserve(sizes, purpose)
 
     def _maps(self, which: int, count: int, probabilities: bool) -> _Maps:
         return _Maps(
@@ -322,27 +359,65 @@ class Chain:
             self._memory["probabilities"] + 4 * which * count if probabilities else None,
         )
 
-    def _start(self, voxels: NDArray[Any], probabilities: bool) -> None:
+    def _start(self, voxels: NDArray[Any], probabilities: bool, *, staged: bool = False) -> None:
         """Bring the voxels to the device, and clear what is filled from here on."""
         self._device.record(self._marks[0])
         self._device.zero(self._memory["labels"], 2 * voxels.size)
         self._device.zero(self._memory["summary"], launches.SUMMARY_BYTES)
         if probabilities:
             self._device.zero(self._memory["probabilities"], 8 * voxels.size)
-        self._upload("voxels", voxels)
+        self._device.join()  # the memory of what went aside may be used again from here on
+        if not staged:
+            self._upload("voxels", voxels)
         self._mark("upload")
+
+    def _take(self, raw: NDArray[Any]) -> bool:
+        """Whether this scan went up beside the last one; then its buffer is ``voxels``."""
+        staged, self._staged = self._staged, None
+        if raw is not staged:
+            return False
+        self._memory.swap("voxels", _ASIDE)
+        return True
+
+    def _stage(self) -> None:
+        """Let the following scan go up aside, if it is there.
+
+        Its buffers are free: what went aside before was joined in `_start`, and waited for in
+        `_z_score`, as was what the last scan did with its voxels.
+        """
+        raw = None if self._following is None else self._following()
+        if raw is None:
+            return
+        self._following = None
+        # An error is not this scan's: the next one tries again in its turn, and a device that
+        # failed says so to whatever comes next.
+        with contextlib.suppress(DeviceError, MemoryError):
+            voxels = launches.readable(raw)
+            self._memory.reserve({_ASIDE: voxels.nbytes}, "the next scan")
+            self._device.upload_aside(self._memory[_ASIDE], self._pinned_copy(voxels, _ASIDE))
+            self._staged = raw
+
+    def _drop_aside(self) -> None:
+        """Free the room for the scan that follows, which then goes up in its turn."""
+        self._staged = None
+        if self._memory.size(_ASIDE):
+            self._device.join()
+            self._device.synchronize()
+            self._memory.drop(_ASIDE)
 
     def _upload(self, name: str, source: NDArray[Any], staging: str = "upload") -> None:
         """Copy an array into a buffer, in its own memory order where that is C or Fortran.
 
         The page-locked memory named `staging` must not change until the stream has passed.
         """
-        if not source.size:
-            return
+        if source.size:
+            self._device.upload(self._memory[name], self._pinned_copy(source, staging))
+
+    def _pinned_copy(self, source: NDArray[Any], staging: str) -> Bytes:
         pinned = self._memory.pinned(staging, source.nbytes)
         view = pinned.view(source.dtype).reshape(source.shape, order=_order(source))
         np.copyto(view, source)
-        self._device.upload(self._memory[name], pinned)
+        return pinned
 
     def _pull(self, name: str, address: int, size: int) -> Bytes:
         """Start a copy to page-locked memory, there once the stream has passed."""
@@ -430,6 +505,7 @@ class Chain:
             self._finish(*pending.popleft(), progress)
 
     def _finish(self, event: Any, tiles: int, progress: Progress | None) -> None:
+        self._stage()  # before the wait: the device is busy meanwhile
         self._device.wait(event)
         if progress is not None:
             progress(tiles)
@@ -524,7 +600,7 @@ def _order(array: NDArray[Any]) -> Literal["C", "F"]:
 
 
 def _dense_strides(array: NDArray[Any]) -> tuple[int, ...]:
-    """Strides in elements of the copy that `_upload` makes."""
+    """Strides in elements of the copy that `_pinned_copy` makes."""
     i, j, k = array.shape
     return (1, i, i * j) if _order(array) == "F" else (j * k, k, 1)
 

@@ -1,4 +1,4 @@
-"""A GPU: its memory, its one stream, and the kernels loaded on it. The only importer of pycuda.
+"""A GPU: its memory, its streams, and the kernels loaded on it. The only importer of pycuda.
 
 pycuda's driver module cannot be imported where there is no NVIDIA driver, so it is imported when a
 GPU is opened and not before. Written against pycuda 2026.1; not run on a GPU yet.
@@ -73,6 +73,9 @@ def megabytes(size: int) -> str:
 class Device(Protocol):
     """What the chain needs of a GPU; all work goes in order through one stream.
 
+    Only what is uploaded aside does not: it starts at once, and is there for all that is put into
+    the stream after the next `join`, and for nothing that was put there before.
+
     Every method but `active` and `close` is called while the device is active. Addresses are whole
     numbers. Copies to the device read page-locked memory after they return; it must not change
     before the stream has passed them.
@@ -114,6 +117,12 @@ class Device(Protocol):
     def upload(self, address: int, source: Bytes) -> None:
         """Copy page-locked memory to the device."""
 
+    def upload_aside(self, address: int, source: Bytes) -> None:
+        """Copy page-locked memory to the device while the stream goes on with its work."""
+
+    def join(self) -> None:
+        """Let the stream wait, from here on, for all that was uploaded aside before."""
+
     def download(self, target: Bytes, address: int) -> None:
         """Copy to page-locked memory; it is there once the stream has passed it."""
 
@@ -136,7 +145,7 @@ class Device(Protocol):
         """Time between two markers that the stream has passed."""
 
     def synchronize(self) -> None:
-        """Block until the stream is empty."""
+        """Block until the stream is empty; what was uploaded aside is waited for if joined."""
 
     def close(self) -> None:
         """Free everything."""
@@ -210,6 +219,8 @@ class CudaDevice:
         self._functions: dict[str, Any] = {}
         self._module: Any = None
         self._stream: Any = None
+        self._aside: Any = None
+        self._arrived: Any = None
         with _errors(driver):
             device = driver.Device(index)
             self.name = str(device.name())
@@ -219,6 +230,8 @@ class CudaDevice:
             with self.active(), _errors(driver):
                 self._stream = driver.Stream()
                 self.stream = int(self._stream.handle)
+                self._aside = driver.Stream()
+                self._arrived = driver.Event()
         except DeviceError:
             self.close()
             raise
@@ -328,6 +341,17 @@ class CudaDevice:
         with _errors(self._driver):
             self._driver.memcpy_htod_async(address, source, self._stream)
 
+    def upload_aside(self, address: int, source: Bytes) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._driver.memcpy_htod_async(address, source, self._aside)
+
+    def join(self) -> None:
+        """See `Device`."""
+        with _errors(self._driver):
+            self._arrived.record(self._aside)
+            self._stream.wait_for_event(self._arrived)
+
     def download(self, target: Bytes, address: int) -> None:
         """See `Device`."""
         with _errors(self._driver):
@@ -375,9 +399,10 @@ class CudaDevice:
         failed = self._driver.Error
         self._context.push()
         try:
-            if self._stream is not None:
-                with contextlib.suppress(failed):
-                    self._stream.synchronize()
+            for stream in (self._stream, self._aside):
+                if stream is not None:
+                    with contextlib.suppress(failed):
+                        stream.synchronize()
             for allocation in self._allocations.values():
                 with contextlib.suppress(failed):
                     allocation.free()
@@ -387,7 +412,7 @@ class CudaDevice:
             self._allocations.clear()
             self._pinned.clear()
             self._functions.clear()
-            self._module = self._stream = None
+            self._module = self._stream = self._aside = self._arrived = None
         finally:
             self._driver.Context.pop()
             self._context.detach()

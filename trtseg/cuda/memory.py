@@ -73,6 +73,11 @@ class Memory:
         if name in self._buffers:
             self._device.free(self._buffers.pop(name)[0])
 
+    def swap(self, one: str, other: str) -> None:
+        """Exchange the names of two buffers, or of one and none."""
+        held = {name: self._buffers.pop(name) for name in (one, other) if name in self._buffers}
+        self._buffers.update({other if name == one else one: at for name, at in held.items()})
+
     def pinned(self, name: str, size: int) -> Bytes:
         """`size` bytes of page-locked memory; what was in it is lost.
 
