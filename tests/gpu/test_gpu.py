@@ -183,6 +183,7 @@ def test_tiles_in_and_decisions_out(device, shape):
             np.testing.assert_array_equal(found, expected[pathway.name])
 
     mask = rng.random(shape) < 1e-3
+    mask.flat[mask.size // 2] = True  # that there is a tile in the smallest scan too
     boxes = put(device, np.zeros((len(full), 3, 2), np.int32))
     brain = put(device, mask.astype(np.uint8))
     for launch in launches.region(

@@ -308,9 +308,11 @@ class Chain:
                 self._memory.drop(name)
 
     def release(self) -> None:
-        """Free the chain's memory."""
+        """Free the chain's memory and markers; it is of no use afterwards."""
         self._drop_aside()
         self._memory.release()
+        self._marks.clear()
+        self._ring.clear()
 
     def _plan(self, voxels: NDArray[Any], spec: NetworkSpec) -> TilePlan:
         i, j, k = voxels.shape

@@ -1,7 +1,8 @@
 """A GPU: its memory, its streams, and the kernels loaded on it. The only importer of pycuda.
 
 pycuda's driver module cannot be imported where there is no NVIDIA driver, so it is imported when a
-GPU is opened and not before. Written against pycuda 2026.1; not run on a GPU yet.
+GPU is opened and not before. Run through pycuda 2026.1 on a driver that is the host (see
+tests/cuda/test_pycuda.py); not run on a GPU yet.
 
 Ownership: a `CudaDevice` owns all that it hands out (device and host memory, events) and frees it
 in `close`, in the order CUDA wants; who is handed an address or an event only borrows it.
@@ -403,6 +404,7 @@ class CudaDevice:
                 if stream is not None:
                     with contextlib.suppress(failed):
                         stream.synchronize()
+            del stream  # else it outlives the context, in which it is destroyed
             for allocation in self._allocations.values():
                 with contextlib.suppress(failed):
                     allocation.free()
