@@ -225,7 +225,7 @@ class TensorRTBackend:
                 network.drop()
             self._runtime = None
             with contextlib.suppress(DeviceError):  # of a GPU that failed; closing it frees all
-                self._chain.release()
+                self._chain.close()
         self._gpu.close()
 
     def _make_runtime(self) -> Any:

@@ -101,7 +101,7 @@ class Chain:
     """The steps of a scan on one device, with the memory they need.
 
     Every method is called while the device is active. The chain owns the memory it reserves, and
-    frees it in `release`; it does not own the device.
+    frees it in `close`; it does not own the device.
 
     Parameters
     ----------
@@ -308,9 +308,13 @@ class Chain:
                 self._memory.drop(name)
 
     def release(self) -> None:
-        """Free the chain's memory and markers; it is of no use afterwards."""
+        """Free the chain's memory; it is reserved again when a scan is run."""
         self._drop_aside()
         self._memory.release()
+
+    def close(self) -> None:
+        """Free everything; the chain is of no use afterwards."""
+        self.release()
         self._marks.clear()
         self._ring.clear()
 
