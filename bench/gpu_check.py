@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from trtseg import __version__, tiling
 from trtseg.architecture import NETWORKS, NetworkSpec
 from trtseg.backends.tensorrt import TensorRTBackend
+from trtseg.backends.tensorrt_library import Messages, open_library
 from trtseg.build.builder import build_models
 from trtseg.build.forms import cost, form_graph
 from trtseg.build.freeze import FrozenNetwork
@@ -43,7 +44,7 @@ from trtseg.cuda.device import list_gpus
 from trtseg.engine import WEIGHTS, Engine, load_engine
 from trtseg.errors import TrtsegError
 from trtseg.files import atomic_write_json
-from trtseg.gpu_engine import GpuEngine, load_gpu_engine
+from trtseg.gpu_engine import GpuEngine, engine_file, load_gpu_engine
 from trtseg.home import demo_folder, engines_root
 from trtseg.models import find_models
 from trtseg.nifti import read_scan, scan_from_array, write_labels
@@ -69,7 +70,8 @@ def main() -> int:
     print(json.dumps(report, indent=2))
     print(f"written to {target}")
     tests = report["tests"]
-    return int(tests is not None and (tests["failed"] > 0 or tests["passed"] == 0))
+    failed = tests is not None and (tests["failed"] > 0 or tests["passed"] == 0)
+    return int(failed or "refused" in report)
 
 
 def parsed() -> argparse.Namespace:
@@ -85,19 +87,10 @@ def parsed() -> argparse.Namespace:
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole report."""
+    """The whole report; where the engines are refused on this GPU, all that can do without them."""
     gpu = list_gpus()[0]
-    tests = None if options.no_tests else run_tests()
     compiled, frozen = built(options.models)
-    raw = fitted(read_scan(demo_folder() / "phantom_23w.nii.gz").data, SHAPE)
-    mask = box(SHAPE, FRACTION)
-    latency = latencies(compiled, raw, mask, options.runs)
-    spec = compiled["bdn"].spec
-    tiles = {
-        "bdn": len(tiling.plan_tiles(SHAPE, spec)),
-        "cgm": len(tiling.plan_tiles(SHAPE, compiled["cgm"].spec, mask)),
-    }
-    report = {
+    report: dict[str, Any] = {
         "gpu": {
             "name": gpu.name,
             "compute_capability": "{}.{}".format(*gpu.compute_capability),
@@ -109,16 +102,43 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "library": compiled["bdn"].manifest["library"],
         "form": {net: one.manifest["form"] for net, one in compiled.items()},
         "models": options.models,
-        "shape": SHAPE,
-        "brain_fraction": float(mask.mean()),
-        "tiles": tiles,
-        "tests": tests,
-        **latency,
-        "files": file_times(raw),
+        "validity": {net: validity(one) for net, one in compiled.items()},
     }
-    report["torch"] = torch_figures(compiled, frozen, tiles, report["batch"])
-    report["ratios"] = ratios(report, compiled)
+    print(json.dumps(report, indent=2), flush=True)  # a crash further on must not cost the answer
+    report["tests"] = None if options.no_tests else run_tests()
+    raw = fitted(read_scan(demo_folder() / "phantom_23w.nii.gz").data, SHAPE)
+    mask = box(SHAPE, FRACTION)
+    tiles = {
+        "bdn": len(tiling.plan_tiles(SHAPE, compiled["bdn"].spec)),
+        "cgm": len(tiling.plan_tiles(SHAPE, compiled["cgm"].spec, mask)),
+    }
+    report |= {"shape": SHAPE, "brain_fraction": float(mask.mean()), "tiles": tiles}
+    report["files"] = file_times(raw)
+    refused: TrtsegError | None = None
+    try:
+        report |= latencies(compiled, raw, mask, options.runs)
+    except TrtsegError as error:
+        refused = error
+        report["refused"] = str(error)
+    batch = report.get("batch", compiled["bdn"].batches[-1])
+    report["torch"] = torch_figures(compiled, frozen, tiles, batch)
+    if refused is None:
+        report["ratios"] = ratios(report, compiled)
     return report
+
+
+def validity(engine: GpuEngine) -> dict[str, Any] | None:
+    """What the library says of an engine on this GPU, whatever trtseg's own check says."""
+    library, messages = open_library(), Messages()
+    if not library.has_engine_validity:
+        return None
+    logger = library.logger(messages)
+    try:
+        runtime = library.trt.Runtime(logger)
+    except (RuntimeError, TypeError) as error:  # pybind11's words for a null runtime
+        return {"runtime": str(error), "said": messages.errors}
+    found, diagnostics = runtime.get_engine_validity(engine.read(engine_file(engine.batches[0])))
+    return {"validity": found.name, "diagnostics": int(diagnostics), "said": messages.errors}
 
 
 def built(models: str) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:
@@ -202,8 +222,12 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def opened(compiled: dict[str, GpuEngine]) -> TensorRTBackend:
     """A backend with both networks."""
     backend = TensorRTBackend()
-    for net in NETWORKS:
-        backend.load(compiled[net])
+    try:
+        for net in NETWORKS:
+            backend.load(compiled[net])
+    except TrtsegError:
+        backend.close()
+        raise
     return backend
 
 
