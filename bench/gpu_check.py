@@ -41,10 +41,10 @@ from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.tensorrt import build_gpu_models
 from trtseg.cuda.chain import ChainOutput
 from trtseg.cuda.device import list_gpus
-from trtseg.engine import WEIGHTS, Engine, load_engine
+from trtseg.engine import WEIGHTS, Engine
 from trtseg.errors import TrtsegError
 from trtseg.files import atomic_write_json
-from trtseg.gpu_engine import GpuEngine, engine_file, load_gpu_engine
+from trtseg.gpu_engine import GpuEngine, engine_file
 from trtseg.home import demo_folder, engines_root
 from trtseg.models import find_models
 from trtseg.nifti import read_scan, scan_from_array, write_labels
@@ -144,13 +144,8 @@ def validity(engine: GpuEngine) -> dict[str, Any] | None:
 def built(models: str) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:
     """The compiled networks and what they were compiled from; builds what is missing or stale."""
     root, chosen = engines_root(), find_models(models)
-    build_models(chosen, root, force=False, report=print)
-    build_gpu_models(chosen, root, report=print)
-    frozen = {net: load_engine(root, models, net) for net in NETWORKS}
-    compiled = {
-        net: load_gpu_engine(root, models, net, frozen_sha256=one.manifest["files"][WEIGHTS])
-        for net, one in frozen.items()
-    }
+    frozen = {one.net: one for one in build_models(chosen, root, force=False, report=print)}
+    compiled = {one.net: one for one in build_gpu_models(chosen, root, report=print)}
     return compiled, frozen
 
 

@@ -612,7 +612,7 @@ def test_why_auto_is_the_cpu(segment, tmp_path: Path, monkeypatch) -> None:
 
 def test_nothing_is_compiled_unasked(segment, tmp_path: Path, monkeypatch) -> None:
     class Opened:
-        device = "cuda:0"
+        device, precision = "cuda:0", "f16"
 
         def close(self) -> None:
             pass

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from trtseg.architecture import NETWORKS
+from trtseg.backends import PRECISIONS as CPU_PRECISIONS
 from trtseg.backends import check_device, open_cpu, open_gpu
 from trtseg.backends.base import ChainOutput, NetworkOutput, Work, network_progress
 from trtseg.engine import WEIGHTS, Engine, is_built, load_engine
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 #: Arithmetic to the kind of device that has it. ``f32``, DeepMedic's labels, is the CPU's default;
 #: engines for GPUs are compiled in ``f16``.
-PRECISIONS = {"f32": "cpu", "bf16": "cpu", "f16": "cuda"}
+PRECISIONS = {**dict.fromkeys(CPU_PRECISIONS, "cpu"), "f16": "cuda"}
 
 
 class Chain(Protocol):
@@ -152,18 +153,19 @@ def open_chain(
     """
     device = _chosen(device, precision)
     engines = load_engines(models, root)
+    note = ""
     if device == "auto":
         try:
-            return GpuChain(0, engines, root), ""
+            return GpuChain(0, engines, root), note
         except NotCompiledError as error:
             note = f"running on the CPU: {error.found}; {error.action}"
         except DeviceError as error:
             note = f"running on the CPU: {error.found}"
-        return HostChain(open_cpu(threads=threads), engines), note
+        device = "cpu"
     if device == "cpu":
-        return HostChain(open_cpu(threads=threads, precision=precision or "f32"), engines), ""
+        return HostChain(open_cpu(threads=threads, precision=precision or "f32"), engines), note
     index = int(device.partition(":")[2] or 0)
-    return GpuChain(index, engines, root), ""
+    return GpuChain(index, engines, root), note
 
 
 def _chosen(device: str, precision: str | None) -> str:
@@ -290,12 +292,11 @@ class GpuChain:
         An engine is missing, damaged or stale, of another library or GPU, or fails its self-test.
     """
 
-    precision = "f16"
-
     def __init__(self, index: int, built: Mapping[str, Engine], root: Path) -> None:
         # The device first: where there is none, what to install matters and not what to compile.
         self._backend = open_gpu(index)
         self.device = self._backend.device
+        self.precision = self._backend.precision
         try:
             engines = load_gpu_engines(built, root)
             self._networks = {net: self._backend.load(engines[net]) for net in NETWORKS}
