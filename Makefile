@@ -6,13 +6,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 
-.PHONY: demo test check bundle gpu-check clean help
+.PHONY: demo test check bundle gpu-check gpu-layers clean help
 
 help:
 	@echo "make demo   set up and segment the bundled scan"
 	@echo "make test   set up and run the tests"
 	@echo "make check  set up and run format, lint and type checks"
 	@echo "make gpu-check  on a machine with a GPU: its tests and the latency benchmark"
+	@echo "make gpu-layers  without a GPU: PyCUDA and TensorRT's bindings, tested on stand-ins"
 	@echo "make bundle one archive that installs on a machine without a network"
 	@echo "make clean  remove environments and build results (not imported weights)"
 
@@ -29,6 +30,9 @@ check: $(VENV)/.dev
 
 gpu-check: $(VENV)/.test
 	$(BIN)/python bench/gpu_check.py
+
+gpu-layers: $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" scripts/gpu-layers
 
 bundle: $(VENV)/.build
 	$(BIN)/python scripts/bundle

@@ -6,14 +6,16 @@ is what the module made here has: see `trtseg.backends.tensorrt_library`.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from enum import Enum, IntEnum
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from tests.cuda.executors import Function, compute
+from tests.cuda.executors import SPEC, Function, compute
 from tests.cuda.host_device import HostDevice, view
 from trtseg.architecture import NetworkSpec
 from trtseg.backends.tensorrt_library import Library
@@ -69,9 +71,10 @@ class FakeTensorRT:
     spec : NetworkSpec
     functions : dict of str to Function
         What engines compute, by the name in their JSON.
-    rtx : bool
-        Whether it offers what TensorRT-RTX does (graphs, a cache of kernels, validity), or only
-        what TensorRT 10 does.
+    kind : str
+        ``rtx``, which offers most (graphs, a cache of kernels, validity), ``11``, or ``10.3``,
+        which has no configuration of a run either. tests/backends/on_bindings.py holds them
+        against the libraries.
 
     Attributes
     ----------
@@ -90,12 +93,13 @@ class FakeTensorRT:
         spec: NetworkSpec,
         functions: dict[str, Function],
         *,
-        rtx: bool = True,
+        kind: str = "rtx",
     ) -> None:
         self.device = device
         self.spec = spec
         self.functions = functions
-        self.rtx = rtx
+        self.kind = kind
+        self.rtx = kind == "rtx"
         self.weights_bytes = 1000
         self.failures: set[str] = set()
         self.reason = "a reason"
@@ -133,8 +137,9 @@ class FakeTensorRT:
             TensorIOMode=Mode,
             DataType=DataType,
         )
+        if self.kind != "10.3":
+            module.IRuntimeConfig = _RtxConfig if self.rtx else _Config
         if self.rtx:
-            module.IRuntimeConfig = _Config
             module.CudaGraphStrategy = Graphs
             module.EngineValidity = Validity
             module.EngineInvalidityDiagnostics = Diagnostics
@@ -148,6 +153,42 @@ class FakeTensorRT:
         if name in self.failures:
             self.log()
         return name in self.failures
+
+
+def assert_like(trt: Any, kind: str) -> None:
+    """Assert that a library has all that its double has: names, and numbers of arguments.
+
+    Parameters
+    ----------
+    trt : module
+        The library itself.
+    kind : str
+        As for `FakeTensorRT`.
+    """
+    fake = FakeTensorRT(HostDevice(), SPEC, {}, kind=kind)
+    with fake.device.active():
+        engine = type(_engine(fake, json.loads(engine_bytes(SPEC, 1, ""))))
+    doubles = {**vars(fake.module), "ICudaEngine": engine}
+    if fake.rtx:
+        doubles["IRuntimeCache"] = _Cache
+    for name, double in doubles.items():
+        real = getattr(trt, name)
+        if issubclass(double, Enum):
+            assert set(double.__members__) <= set(real.__members__), name
+            continue
+        for member in {one for one in dir(double) if not one.startswith("_")}:
+            assert hasattr(real, member), f"{name}.{member}"
+            if inspect.isfunction(getattr(double, member)):
+                arguments = len(inspect.signature(getattr(double, member)).parameters)
+                assert arguments in _arguments(getattr(real, member)), f"{name}.{member}"
+
+
+def _arguments(function: Any) -> set[int]:
+    """Numbers of arguments that a function of the library takes, by what it says of itself."""
+    found: set[int] = set()
+    for listed in re.findall(rf"{function.__name__}\((self.*?)\) ->", function.__doc__):
+        found.update(range(1 + len(re.findall(r", \w+:(?![^,]*=)", listed)), 2 + listed.count(":")))
+    return found
 
 
 def engine_bytes(
@@ -198,6 +239,7 @@ def _engine(fake: FakeTensorRT, data: dict[str, Any]) -> Any:
 
     class Engine:
         num_io_tensors = len(names)
+        device_memory_size_v2 = data["scratch"]
 
         def get_tensor_name(self, number: int) -> str:
             return names[number]
@@ -212,7 +254,7 @@ def _engine(fake: FakeTensorRT, data: dict[str, Any]) -> Any:
             return tuple(data["tensors"][name][2])
 
         def create_execution_context(self, chosen: Any) -> Any:
-            strategy = chosen.strategy if fake.rtx else chosen
+            strategy = chosen if fake.kind == "10.3" else chosen.strategy
             assert strategy is Strategy.USER_MANAGED
             if fake.fails("context"):
                 return None
@@ -224,11 +266,8 @@ def _engine(fake: FakeTensorRT, data: dict[str, Any]) -> Any:
             with fake.device.active():
                 fake.device.free(held)
 
-    if fake.rtx:
-        Engine.create_runtime_config = lambda self: _Config(fake)
-        Engine.device_memory_size_v2 = data["scratch"]
-    else:
-        Engine.device_memory_size = data["scratch"]
+    if fake.kind != "10.3":
+        Engine.create_runtime_config = lambda self: (_RtxConfig if fake.rtx else _Config)(fake)
     return Engine()
 
 
@@ -248,15 +287,20 @@ class _Cache:
 
 
 class _Config:
-    cuda_graph_strategy: Any = Graphs.DISABLED
-
     def __init__(self, fake: FakeTensorRT) -> None:
         self.fake = fake
         self.strategy = Strategy.STATIC
-        self.cache: Any = None
 
     def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
         self.strategy = strategy
+
+
+class _RtxConfig(_Config):
+    cuda_graph_strategy: Any = Graphs.DISABLED
+
+    def __init__(self, fake: FakeTensorRT) -> None:
+        super().__init__(fake)
+        self.cache: Any = None
 
     def create_runtime_cache(self) -> _Cache:
         return _Cache(self.fake)
@@ -273,10 +317,8 @@ class _Context:
         self.config = config
         self.addresses: dict[str, int] = {}
         self.bindings = 0
-        if fake.rtx:
-            self.set_device_memory = self._set_device_memory
 
-    def _set_device_memory(self, address: int, size: int) -> None:
+    def set_device_memory(self, address: int, size: int) -> None:
         assert size == self.data["scratch"]
         self.device_memory = address
 

@@ -51,9 +51,9 @@ def device() -> HostDevice:
     return HostDevice()
 
 
-@pytest.fixture(params=[True, False], ids=["rtx", "tensorrt"])
+@pytest.fixture(params=["rtx", "11", "10.3"])
 def fake(request: pytest.FixtureRequest, device: HostDevice) -> FakeTensorRT:
-    return FakeTensorRT(device, SPEC, dict(FUNCTIONS), rtx=request.param)
+    return FakeTensorRT(device, SPEC, dict(FUNCTIONS), kind=request.param)
 
 
 @pytest.fixture
@@ -525,8 +525,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(rtx, write, monkeypatch):
     assert not cache_of(engine).exists()
 
 
-def test_a_library_without_a_cache_writes_none(device, write):
-    fake = FakeTensorRT(device, SPEC, dict(FUNCTIONS), rtx=False)
+@pytest.mark.parametrize("kind", ["11", "10.3"])
+def test_a_library_without_a_cache_writes_none(device, write, kind):
+    fake = FakeTensorRT(device, SPEC, dict(FUNCTIONS), kind=kind)
     engine = write("bdn", library="tensorrt")
     TensorRTBackend(library=fake.library, device=device).load(engine)
     assert not cache_of(engine).exists()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.backends.fake_tensorrt import assert_like
 from trtseg.backends import tensorrt_library
 from trtseg.backends.tensorrt_library import (
     LIBRARIES,
@@ -19,7 +20,6 @@ from trtseg.errors import DeviceError, UsageError
 
 CAPABILITIES = (
     "compiles_without_gpu",
-    "has_strongly_typed",
     "has_user_allocation",
     "has_runtime_cache",
     "has_cuda_graph_strategy",
@@ -51,7 +51,6 @@ def full_tensorrt() -> SimpleNamespace:
 def test_capabilities_are_asked_of_the_library() -> None:
     found = Library(full_tensorrt(), "tensorrt", "10.13")
     assert {name for name in CAPABILITIES if getattr(found, name)} == {
-        "has_strongly_typed",
         "has_progress_monitor",
     }
     nothing = Library(SimpleNamespace(), "tensorrt", "12.0")
@@ -188,3 +187,8 @@ def test_progress_is_that_of_the_outermost_phase() -> None:
     monitor.phase_finish("Building")
     monitor.phase_finish("Within")
     assert told == [("Building", 0.25), ("Building", 0.5), ("Building", 1.0)]
+
+
+@needs_rtx
+def test_the_double_is_like_the_library() -> None:
+    assert_like(open_library("tensorrt_rtx").trt, "rtx")

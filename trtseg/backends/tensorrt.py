@@ -398,7 +398,7 @@ class Session:
         if self._cuda_engine is None:
             raise self._refused(None, "load it")
         self._check_tensors(tensors)
-        self.scratch_bytes = _scratch_bytes(self._cuda_engine)
+        self.scratch_bytes = int(self._cuda_engine.device_memory_size_v2)
         self._cache: Any = None
         self._cache_is_new = False
         self._context = self._make_context()
@@ -411,10 +411,7 @@ class Session:
         wanted = (dict(tensors), scratch)
         if wanted == self._bound:
             return
-        if hasattr(self._context, "set_device_memory"):
-            self._context.set_device_memory(scratch, self.scratch_bytes)
-        else:
-            self._context.device_memory = scratch
+        self._context.set_device_memory(scratch, self.scratch_bytes)
         for name, address in tensors.items():
             if not self._context.set_tensor_address(name, address):
                 raise self._failed(f"takes no address for tensor {name}")
@@ -553,9 +550,3 @@ def _described(tensors: Mapping[str, Tensor]) -> str:
         f"{name} {mode.lower()} {dtype} {'x'.join(map(str, shape))}"
         for name, (mode, dtype, shape) in sorted(tensors.items())
     )
-
-
-def _scratch_bytes(cuda_engine: Any) -> int:
-    if hasattr(cuda_engine, "device_memory_size_v2"):
-        return int(cuda_engine.device_memory_size_v2)
-    return int(cuda_engine.device_memory_size)

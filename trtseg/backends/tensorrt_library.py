@@ -80,11 +80,6 @@ class Library:
         return hasattr(self.trt, "ComputeCapability")
 
     @property
-    def has_strongly_typed(self) -> bool:
-        """Whether a network can be asked to be strongly typed (else it always is)."""
-        return self._member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") is not None
-
-    @property
     def has_user_allocation(self) -> bool:
         """Whether an engine can promise to allocate nothing while it runs."""
         return self._member("BuilderFlag", "REQUIRE_USER_ALLOCATION") is not None

@@ -4,7 +4,7 @@ One builder for all of them: what differs is asked of the library by name (see
 `trtseg.backends.tensorrt_library`). TensorRT-RTX compiles with no GPU present, for every GPU it
 supports, and leaves the choice of kernels to the first run; TensorRT times kernels on the GPU it
 compiles on, for GPUs like that one. Engines of TensorRT-RTX were compiled by this code but not run
-on a GPU yet; with TensorRT 10 and 11 it has not been run at all.
+on a GPU yet; of TensorRT 10 and 11 only the Python bindings were there (scripts/gpu-layers).
 
 Engines compute in float16 with float32 sums, and their last layer in float32. What that costs is
 evaluated on the CPU at build time, on the tile that the self-test will run (see
@@ -460,14 +460,9 @@ def build_engine(
 
 
 def _network(library: Library, builder: Any) -> Any:
-    """Make an empty, strongly typed network."""
-    network = builder.create_network(0)
-    if library.has_strongly_typed:
-        strong = library.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
-        # TensorRT-RTX and TensorRT 11 are always so; 10 must be asked.
-        if not network.get_flag(strong):
-            network = builder.create_network(1 << int(strong))
-    return network
+    """Make an empty, strongly typed network: 10 must be asked, 11 and RTX ignore the flag."""
+    strong = library.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
+    return builder.create_network(1 << int(strong))
 
 
 def _parse(library: Library, network: Any, logger: Any, messages: Messages, onnx: bytes) -> None:
@@ -486,11 +481,9 @@ def _parse(library: Library, network: Any, logger: Any, messages: Messages, onnx
 
 
 def _failure(error: Any) -> str:
-    """What the parser says of a node; older parsers do not tell the node's name."""
-    name = error.node_name() if hasattr(error, "node_name") else ""
-    kind = error.node_operator() if hasattr(error, "node_operator") else ""
-    where = " ".join(part for part in (kind, name) if part) or f"number {error.node()}"
-    return f"node {where}: {' '.join(str(error.desc()).split())}"
+    """What the parser says, and of which node, unless it is of the whole graph."""
+    node = " ".join(part for part in (error.node_operator(), error.node_name()) if part)
+    return (node and f"node {node}: ") + " ".join(str(error.desc()).split())
 
 
 def _config(
