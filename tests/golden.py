@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
+#: Cases of one network, the cortex's of random11; the others hold both.
+NETWORK_CASES = ("net_tiny", "net_small", "net_roi")
 DEMO_SCAN = Path(__file__).parent.parent / "trtseg" / "demo" / "phantom_23w.nii.gz"
 
 
@@ -50,6 +52,17 @@ def read_golden(case: str, name: str = "") -> Golden:
         labels=read_voxels(folder / f"{name}labels.nii.gz").astype(np.uint8),
         scaled=read_voxels(folder / f"{name}prob_u16.nii.gz").astype(np.uint16),
     )
+
+
+def network_case(case: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The normalised scan of a case of one network, and its region, all of the scan if none."""
+    folder = GOLDEN / case
+    volume = np.ascontiguousarray(read_voxels(folder / "scan.nii.gz"), np.float32)
+    if not (folder / "roi.nii.gz").exists():
+        return volume, np.ones(volume.shape, bool)
+    roi = read_voxels(folder / "roi.nii.gz") > 0.5
+    assert 0 < roi.sum() < roi.size
+    return volume, roi
 
 
 def golden_scan(case: str) -> Path:

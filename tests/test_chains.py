@@ -15,7 +15,7 @@ import trtseg
 from tests.backends.fake_tensorrt import FakeTensorRT, engine_bytes
 from tests.cuda.executors import Function, threshold
 from tests.cuda.host_device import HostDevice
-from tests.golden import GOLDEN, golden_scan, read_golden
+from tests.golden import GOLDEN, NETWORK_CASES, golden_scan, network_case, read_golden
 from trtseg import chains, tiling
 from trtseg.architecture import NETWORKS, PUBLISHED
 from trtseg.backends.base import NetworkOutput
@@ -150,6 +150,23 @@ def test_the_gpus_chain_gives_deepmedics_labels(
         "download",
         "host",
     ]
+
+
+@pytest.mark.parametrize("case", NETWORK_CASES)
+def test_one_network_on_the_gpu_gives_deepmedics_labels(
+    case: str, root: Path, device: HostDevice
+) -> None:
+    functions = compiled(root, "random11", exact=True, batches=(4,))
+    backend = TensorRTBackend(
+        library=FakeTensorRT(device, PUBLISHED, functions).library, device=device
+    )
+    network = backend.load(load_gpu_engines(load_engines("random11", root), root)["cgm"])
+    volume, roi = network_case(case)
+    plan = tiling.plan_tiles(volume.shape, network.spec, roi)
+    output = gate(network.run(volume, plan, probabilities=True), roi)
+    backend.close()
+    assert output.probabilities is not None
+    read_golden(case).compare(output.labels, output.probabilities, case)
 
 
 def test_auto_is_a_gpu_that_has_everything(gpu: FakeTensorRT, root: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.golden import GOLDEN, golden_scan, read_golden, read_voxels
+from tests.golden import NETWORK_CASES, golden_scan, network_case, read_golden
 from trtseg import tiling
 from trtseg.backends.openvino import OpenVINOBackend
 from trtseg.chains import gate
@@ -24,14 +24,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("case", ["net_tiny", "net_small", "net_roi"])
+@pytest.mark.parametrize("case", NETWORK_CASES)
 def test_one_network_on_a_normalised_scan(case: str, engines_root: Path) -> None:
-    folder = GOLDEN / case
-    volume = np.ascontiguousarray(read_voxels(folder / "scan.nii.gz"), np.float32)
-    roi = np.ones(volume.shape, bool)
-    if (folder / "roi.nii.gz").exists():
-        roi = read_voxels(folder / "roi.nii.gz") > 0.5
-        assert 0 < roi.sum() < roi.size
+    volume, roi = network_case(case)
     backend = OpenVINOBackend()
     network = backend.load(load_engine(engines_root, "random11", "cgm"))
     plan = tiling.plan_tiles(volume.shape, network.spec, roi)

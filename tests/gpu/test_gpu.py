@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.golden import golden_scan, read_golden
+from tests.golden import NETWORK_CASES, golden_scan, network_case, read_golden
 from trtseg import bench, tiling
 from trtseg.architecture import NETWORKS, PUBLISHED
 from trtseg.backends.tensorrt import TensorRTBackend
 from trtseg.backends.tensorrt_library import open_library
-from trtseg.chains import load_engines, load_gpu_engines
+from trtseg.chains import gate, load_engines, load_gpu_engines
 from trtseg.cuda import launches
 from trtseg.cuda.compile import compile_kernels
 from trtseg.cuda.device import CudaDevice, OutOfDeviceMemory, list_gpus
@@ -233,6 +233,22 @@ def test_tiles_in_and_decisions_out(device, shape):
 
 
 # Results
+
+
+@pytest.mark.parametrize("case", NETWORK_CASES)
+def test_goldens_of_one_network(engines, case):
+    volume, roi = network_case(case)
+    backend = TensorRTBackend()
+    network = backend.load(engines["random11", "cgm"])
+    plan = tiling.plan_tiles(volume.shape, network.spec, roi)
+    found = gate(network.run(volume, plan, probabilities=True), roi)
+    backend.close()
+    golden = read_golden(case)
+    equal = float((found.labels == golden.labels)[roi].mean())
+    print(f"{case}: {equal:.4%} of labels equal")
+    assert equal >= LEAST_EQUAL["random11"]
+    assert found.probabilities is not None
+    assert np.abs(found.probabilities - golden.scaled / 65535.0).max() < 0.05
 
 
 @pytest.mark.parametrize(("case", "models"), CHAINS.items())
