@@ -5,7 +5,8 @@
 Needs an NVIDIA GPU, pycuda, and TensorRT-RTX or TensorRT. With PyTorch installed it also times the
 same networks there (float16, eager and compiled); without it those figures stay empty, and the file
 names the command that fills them. The GPU's ceilings are one large matrix product by the same
-library and one large copy.
+library and one large copy. ``own_part`` is the same chain with nothing in the networks' place; it,
+the kernels' tests and PyTorch's figures are there also where the engines are refused.
 
 The scan is the bundled phantom on 200 x 200 x 180 voxels. Network time is BDN over all of it plus
 CGM in a box of 30 % of it. Not run on a GPU yet; the PyTorch network was compared with trtseg's own
@@ -18,13 +19,12 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ from numpy.typing import NDArray
 
 from trtseg import __version__, tiling
 from trtseg.architecture import NETWORKS, NetworkSpec
-from trtseg.backends.tensorrt import TensorRTBackend
+from trtseg.backends.tensorrt import TensorRTBackend, TensorRTNetwork
 from trtseg.backends.tensorrt_library import Messages, open_library
+from trtseg.bench import summary
 from trtseg.build.builder import build_models
 from trtseg.build.forms import cost, form_graph
 from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.tensorrt import build_gpu_models
-from trtseg.cuda.chain import ChainOutput
-from trtseg.cuda.device import list_gpus
+from trtseg.cuda.chain import Chain, ChainOutput
+from trtseg.cuda.device import CudaDevice, list_gpus
 from trtseg.engine import WEIGHTS, Engine
 from trtseg.errors import TrtsegError
 from trtseg.files import atomic_write_json
@@ -121,6 +122,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         refused = error
         report["refused"] = str(error)
     batch = report.get("batch", compiled["bdn"].batches[-1])
+    report["own_part"] = own_part(compiled, raw, mask, batch, options.runs)
     report["torch"] = torch_figures(compiled, frozen, tiles, batch)
     if refused is None:
         report["ratios"] = ratios(report, compiled)
@@ -204,46 +206,73 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begun, result
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, 95th percentile and maximum."""
-    ordered = sorted(seconds)
-    return {
-        "p50": statistics.median(ordered),
-        "p95": ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)],
-        "max": ordered[-1],
-    }
+class NoNetwork:
+    """Stands in a network's place (`trtseg.cuda.chain.Executor`) and says that nothing is brain."""
+
+    scratch_bytes = 1
+
+    def __init__(self, device: CudaDevice, net: str, spec: NetworkSpec, batch: int) -> None:
+        self.device, self.net, self.spec, self.batch = device, net, spec, batch
+        self.logit = 0
+
+    def bind(self, tensors: Mapping[str, int], scratch: int) -> None:  # noqa: ARG002
+        """Take the address of the logits."""
+        self.logit = tensors["logit"]
+
+    def enqueue(self) -> None:
+        """Clear the logits."""
+        self.device.zero(self.logit, 4 * self.batch * self.spec.out**3)
 
 
-def opened(compiled: dict[str, GpuEngine]) -> TensorRTBackend:
+def own_part(
+    compiled: dict[str, GpuEngine],
+    raw: NDArray[Any],
+    mask: NDArray[np.bool_],
+    batch: int,
+    runs: int,
+) -> dict[str, Any]:
+    """The chain's stages with nothing in the networks' place: needs no engine that runs here."""
+    bdn = compiled["bdn"]
+    with CudaDevice() as device, device.active():
+        device.load_kernels({name: bdn.read(name) for name in bdn.kernels})
+        chain = Chain(device)
+        networks = [NoNetwork(device, net, one.spec, batch) for net, one in compiled.items()]
+        chain.segment(raw, *networks)
+        whole = warm(lambda: chain.segment(raw, *networks), runs)
+        chain.segment(raw, *networks, mask=mask)
+        boxed = warm(lambda: chain.segment(raw, *networks, mask=mask), runs)
+        chain.close()
+    return {"batch": batch, "without_mask": whole, "with_mask": boxed}
+
+
+def opened(compiled: dict[str, GpuEngine]) -> tuple[TensorRTBackend, dict[str, TensorRTNetwork]]:
     """A backend with both networks."""
     backend = TensorRTBackend()
     try:
-        for net in NETWORKS:
-            backend.load(compiled[net])
+        return backend, {net: backend.load(compiled[net]) for net in NETWORKS}
     except TrtsegError:
         backend.close()
         raise
-    return backend
 
 
 def latencies(
     compiled: dict[str, GpuEngine], raw: NDArray[Any], mask: NDArray[np.bool_], runs: int
 ) -> dict[str, Any]:
     """Starts, and warm runs with and without a given mask, stage by stage."""
-    first_start, backend = timed(lambda: opened(compiled))
+    first_start, (backend, _) = timed(lambda: opened(compiled))
     backend.close()
-    start, backend = timed(lambda: opened(compiled))
+    start, (backend, networks) = timed(lambda: opened(compiled))
     try:
         first, _ = timed(lambda: backend.segment_chain(raw))
         backend.segment_chain(raw, mask=mask)
         whole = warm(lambda: backend.segment_chain(raw), runs)
         boxed = warm(lambda: backend.segment_chain(raw, mask=mask), runs)
-        batch = int(backend.description.split("bdn b")[1].split(",")[0])
+        batch = networks["bdn"].batch
         description = backend.description
         best = backend.ceilings()
     finally:
         backend.close()
-    network = whole["stages"]["brain"]["p50"] + boxed["stages"]["cortex"]["p50"]
+    network = whole["stages"]["brain"]["p50_s"] + boxed["stages"]["cortex"]["p50_s"]
     return {
         "backend": description,
         "ceilings": dataclasses.asdict(best),
@@ -348,8 +377,8 @@ def ratios(report: dict[str, Any], compiled: dict[str, GpuEngine]) -> dict[str, 
     # Either of the two scans holds one of the networks; what is not network counts once, with the
     # files.
     whole = report["without_mask"]
-    rest = whole["seconds"]["p50"] - whole["stages"]["brain"]["p50"]
-    rest -= whole["stages"]["cortex"]["p50"]
+    rest = whole["seconds"]["p50_s"] - whole["stages"]["brain"]["p50_s"]
+    rest -= whole["stages"]["cortex"]["p50_s"]
     files = sum(report["files"].values())
     work = {net: cost(one.spec, one.manifest["form"]) for net, one in compiled.items()}
     operations = sum(2 * work[net].multiply_adds * report["tiles"][net] for net in work)

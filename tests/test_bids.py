@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +17,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from trtseg.architecture import PUBLISHED
+from tests.fake_segmenter import FakeSegmenter
 from trtseg.bids import LabelsCommand, T2w, bids, describe_dataset, find_t2w, read_description
-from trtseg.engine import Engine
 from trtseg.errors import InputError, OutputError, UsageError
-from trtseg.pipeline import Segmentation
-from trtseg.scan import Scan
 
 #: Of the schema-based validator: the command, where it is not on PATH.
 VALIDATOR_VARIABLE = "TRTSEG_BIDS_VALIDATOR"
-
-
-class FakeSegmenter:
-    """Calls voxels over 50 brain and those over 75 cortex."""
-
-    models, device, precision, note = "fake", "cpu", "f32", ""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        manifest: dict[str, Any] = {
-            "checkpoint": {"x.ckpt.index": "1" * 64},
-            "files": {"weights.npz": "2" * 64},
-            "versions": {"trtseg": "1"},
-        }
-        self.engines = {
-            net: Engine(Path("folder"), "fake", net, PUBLISHED, manifest) for net in ("bdn", "cgm")
-        }
-
-    def __enter__(self) -> FakeSegmenter:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        pass
-
-    def segment(self, read: Callable[[], Scan], **options: Any) -> Segmentation:
-        scan = read()
-        brain = (scan.data > 50).astype(np.uint8)
-        cortex = (scan.data > 75).astype(np.uint8)
-        return Segmentation(
-            cortex=cortex,
-            brain=brain,
-            geometry=scan.geometry,
-            brain_ml=int(brain.sum()) * scan.geometry.voxel_volume_ml,
-            cortex_ml=int(cortex.sum()) * scan.geometry.voxel_volume_ml,
-            times={"read": 0.25},
-            cortex_probabilities=None,
-            brain_probabilities=None,
-            models="fake",
-            device="cpu",
-            precision="f32",
-            notice="fake weights",
-            ga_weeks=options["ga_weeks"],
-        )
 
 
 @pytest.fixture(autouse=True)

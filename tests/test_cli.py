@@ -525,6 +525,12 @@ def test_engines_list_says_what_is_wrong(compiled_root: Path) -> None:
     done = run("engines", "list", "--engines", compiled_root)
     assert done.exit_code == 0, done.output
     assert f"  CGM for GPUs: {folder / 'b4.engine'}: No such file or directory" in done.stdout
+    weights = compiled_root / "demo" / "bdn" / "weights.npz"
+    weights.write_bytes(b"other")
+    done = run("engines", "list", "--engines", compiled_root)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"demo  {weights}: ")
+    assert "trtseg engines build --models demo\n" in done.stdout.splitlines(keepends=True)[0]
 
 
 def test_engines_verify_looks_at_what_is_compiled(compiled_root: Path) -> None:

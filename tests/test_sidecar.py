@@ -36,6 +36,7 @@ def result(**changes: Any) -> SimpleNamespace:
         "times": {"read": 0.25, "z-score": 0.5, "brain": 2.0, "cortex": 1.0},
         "models": "demo",
         "device": "cpu",
+        "description": "cpu, 2 threads",
         "precision": "float32",
         "notice": "demo weights",
         "warnings": ("header without orientation",),
@@ -104,6 +105,7 @@ def test_a_description(tmp_path):
     assert found == {
         "schema": 1,
         "id": "ba7816bf8f01",
+        "ran_on": "cpu, 2 threads",
         "inputs": {"scan": {"sha256": ABC, "of": "file"}},
         "outputs": {"cortex": {"sha256": NOTHING}, "brain": {"sha256": ABC}},
         "labels": {"cortex": {"1": "Cortical Gray Matter"}, "brain": {"1": "Brain"}},

@@ -96,9 +96,9 @@ def measure(
         memory = {"host_peak_bytes": host, "device_bytes": chain.device_bytes()}
         work = chain.work(read_scan(scan), result.brain)
         ceilings = chain.ceilings()
-        stages = {name: _summary([one[name] for one in timed]) for name in timed[0]}
-        totals = _summary([sum(one.values()) for one in timed])
-        network = _summary([sum(one[name] for name in NETWORK) for one in timed])
+        stages = {name: summary([one[name] for one in timed]) for name in timed[0]}
+        totals = summary([sum(one.values()) for one in timed])
+        network = summary([sum(one[name] for name in NETWORK) for one in timed])
         achieved = {
             "operations_per_second": 2 * work.multiply_adds / network["p50_s"],
             "bytes_per_second": work.bytes / network["p50_s"],
@@ -162,8 +162,8 @@ def _digest(result: Segmentation) -> str:
     return sha256_bytes(np.stack([result.brain, result.cortex]).tobytes())
 
 
-def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 95th percentile by nearest rank, and maximum."""
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile by nearest rank, and maximum: `p50_s`, `p95_s` and `max_s`."""
     ordered = sorted(seconds)
     return {
         "p50_s": statistics.median(ordered),

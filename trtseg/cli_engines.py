@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtseg import screen
-from trtseg.errors import UsageError
+from trtseg.errors import TrtsegError, UsageError
 from trtseg.logs import log_to
 from trtseg.options import EnginesOption, LogFileOption, ModelsOption
 from trtseg.steps import build, command, compile_for_gpus, log_start
@@ -111,15 +111,20 @@ def engines_list(engines: EnginesOption = None) -> None:
     """List what is built, and what is compiled for GPUs."""
     from trtseg.engine import built_models
     from trtseg.home import engines_root
-    from trtseg.info import gpu_state
+    from trtseg.info import intact
 
     root = engines_root(engines)
     names = built_models(root)
     if not names:
         screen.say(f"nothing is built in {root}; build with: trtseg engines build --models NAME")
     for name in names:
+        try:
+            _, compiled = intact(root, name)
+        except TrtsegError as error:
+            screen.say(f"{name}  {error.found}; {error.action}")
+            continue
         screen.say(f"{name}  {root / name}")
-        for net, state in gpu_state(root, name).items():
+        for net, state in compiled.items():
             screen.say(f"  {net.upper()} for GPUs: {state}")
 
 

@@ -8,7 +8,6 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from trtseg import __version__
-from trtseg.architecture import NETWORKS
 from trtseg.engine import build_command, built_models
 from trtseg.errors import TrtsegError
 from trtseg.gpu_engine import gpu_build_command
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trtseg.backends.base import Backend
+    from trtseg.engine import Engine
 
 #: Libraries, and the packages each can come from; the first installed one is named.
 LIBRARIES = {
@@ -244,42 +244,54 @@ def _lack_compiled(built: list[dict[str, Any]], missing: list[dict[str, str]]) -
 
 
 def _engine(root: Path, name: str, loadable: bool, missing: list[dict[str, str]]) -> dict[str, Any]:
-    from trtseg.chains import HostChain, load_engines
+    from trtseg.chains import HostChain
 
+    state = "intact"
+    compiled: dict[str, str] = {}
     try:
-        engines = load_engines(name, root)
-        state = "intact"
+        engines, compiled = intact(root, name)
         if loadable:
             HostChain(_open_cpu("f32"), engines).close()
             state = "intact, loads on the CPU"
     except TrtsegError as error:
         state = error.found
         _lacks(missing, "engines", f"sound networks of {name}", error.action)
-    gpu = gpu_state(root, name)
-    return {"name": name, "folder": str(root / name), "state": state, "cuda": gpu}
+    return {"name": name, "folder": str(root / name), "state": state, "cuda": compiled}
 
 
-def gpu_state(root: Path, name: str) -> dict[str, str]:
-    """What is compiled of a model set for GPUs, or what is wrong with it, by network.
+def intact(root: Path, name: str) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Verify what is built of a model set, and what is compiled of it for GPUs.
 
-    Empty where nothing is compiled.
+    Parameters
+    ----------
+    root : Path
+        The engines folder.
+    name : str
+
+    Returns
+    -------
+    engines : dict of str to Engine
+        By network.
+    compiled : dict of str to str
+        By network, what is compiled, or what is wrong with it; empty where nothing is.
+
+    Raises
+    ------
+    ModelError, EngineError
+        As `trtseg.chains.load_engines`.
     """
     from trtseg.chains import load_engines, load_gpu_engines
     from trtseg.gpu_engine import gpu_built
 
-    if not gpu_built(root, name):
-        return {}
-    states = {}
-    try:
-        built = load_engines(name, root)
-    except TrtsegError as error:
-        return dict.fromkeys(NETWORKS, error.found)
-    for net, one in built.items():
-        try:
-            states[net] = load_gpu_engines({net: one}, root)[net].summary
-        except TrtsegError as error:
-            states[net] = error.found
-    return states
+    engines = load_engines(name, root)
+    compiled: dict[str, str] = {}
+    if gpu_built(root, name):
+        for net, one in engines.items():
+            try:
+                compiled[net] = load_gpu_engines({net: one}, root)[net].summary
+            except TrtsegError as error:
+                compiled[net] = error.found
+    return engines, compiled
 
 
 # For people

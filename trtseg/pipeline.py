@@ -67,6 +67,8 @@ class Segmentation:
         What a person should know before using the result.
     ga_weeks : float or None
         Gestational age the checks go by, where it was given.
+    description : str
+        The very CPU or GPU and the library that drove it, for people.
     """
 
     cortex: NDArray[np.uint8]
@@ -83,6 +85,7 @@ class Segmentation:
     notice: str
     warnings: tuple[str, ...] = field(default=())
     ga_weeks: float | None = None
+    description: str = ""
 
     @property
     def affine(self) -> NDArray[np.float64]:
@@ -261,6 +264,7 @@ class Segmenter:
             notice=self.engines["cgm"].notice,
             warnings=warnings,
             ga_weeks=ga_weeks,
+            description=self.description,
         )
 
     def close(self) -> None:

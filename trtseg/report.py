@@ -639,7 +639,7 @@ def _option(value: object) -> str:
 def _versions(description: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("model set", description["models"]["set"]),
-        ("device", f"{description['device']}, {description['precision']}"),
+        ("device", f"{description['ran_on']}, {description['precision']}"),
         *description["versions"].items(),
     ]
 

@@ -131,6 +131,10 @@ class Result(Protocol):
         """Where it ran."""
 
     @property
+    def description(self) -> str:
+        """The very device it ran on, and the library."""
+
+    @property
     def precision(self) -> str:
         """What the networks computed in."""
 
@@ -264,9 +268,9 @@ def complete(
     Returns
     -------
     dict
-        What `request` says, and `outputs`, a digest each; `labels`, the meaning of the values in
-        each map; `shape`; `times_s`; `volumes_ml`; `qc`; `suspect`; `notice`; `warnings`;
-        `disclaimer`.
+        What `request` says, and `ran_on`, the very device and library; `outputs`, a digest each;
+        `labels`, the meaning of the values in each map; `shape`; `times_s`; `volumes_ml`; `qc`;
+        `suspect`; `notice`; `warnings`; `disclaimer`.
 
     Raises
     ------
@@ -275,6 +279,7 @@ def complete(
     """
     return {
         **asked,
+        "ran_on": result.description,
         "outputs": {role: _output_digest(one, keep_names) for role, one in outputs.items()},
         "labels": {
             role: {str(label.index): label.name for label in LABELS[role]}
