@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.golden import DATA
+
+BUILT = os.environ.get("TRTSEG_BUILT")
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +21,10 @@ def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="session")
 def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engines folder with the sets ``demo`` and ``random11``, built as a user builds them."""
+    """An engines folder with the sets ``demo`` and ``random11``, built as a user builds them.
+
+    On a machine without TensorFlow, ``$TRTSEG_BUILT`` names such a folder, built elsewhere.
+    """
     from trtseg.build.builder import build_models
     from trtseg.models import find_models, import_folder
 
@@ -25,6 +32,8 @@ def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRTSEG_HOME", str(home))
         import_folder(DATA / "checkpoints" / "random11", unpublished=True, name="random11")
+        if BUILT is not None:
+            shutil.copytree(BUILT, home / "engines")
         for name in ("demo", "random11"):
-            build_models(find_models(name), home / "engines")
+            build_models(find_models(name), home / "engines", force=BUILT is None)
     return home / "engines"

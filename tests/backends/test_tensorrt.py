@@ -406,11 +406,18 @@ def test_an_engine_of_another_library(rtx, write):
         backend.load(write("bdn", library="tensorrt"))
 
 
-def test_an_engine_for_another_gpu(rtx, write):
-    rtx.device.compute_capability = (7, 5)
-    backend = TensorRTBackend(library=rtx.library, device=rtx.device)
+def test_an_engine_for_another_gpu(fake, write):
+    fake.device.compute_capability = (7, 5)
+    fake.validity = (Validity.INVALID, Diagnostics.UNSUPPORTED_CC)
+    backend = TensorRTBackend(library=fake.library, device=fake.device)
     with pytest.raises(EngineError, match=r"expected 7\.5, that of host double"):
-        backend.load(write("bdn"))
+        backend.load(write("bdn", library=fake.library.name))
+
+
+def test_a_library_that_can_say_what_runs_where_has_the_word(rtx, write):
+    rtx.device.compute_capability = (9, 0)
+    backend = TensorRTBackend(library=rtx.library, device=rtx.device)
+    assert backend.load(write("bdn")).batch == 16
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ class TensorRTBackend:
             Even its smallest batch does not fit.
         """
         engine.check_library(self._library.name, self._library.version)
-        engine.check_device(self._gpu.compute_capability, self._gpu.name)
+        if not self._library.has_engine_validity:  # else it is asked itself, engine by engine
+            engine.check_device(self._gpu.compute_capability, self._gpu.name)
         with self._gpu.active():
             if not self._kernels:
                 self._gpu.load_kernels({name: engine.read(name) for name in engine.kernels})
@@ -449,6 +450,8 @@ class Session:
         trt = self._library.trt
         if validity != self._library.flag("EngineValidity", "INVALID"):
             return
+        # Where that is why, this says more.
+        self._engine.check_device(self._device.compute_capability, self._device.name)
         members = getattr(trt, "EngineInvalidityDiagnostics", None)
         named = getattr(members, "__members__", {})
         reasons = [name for name, one in named.items() if int(one) & int(diagnostics)]
