@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import trtseg
-from tests.backends.fake_tensorrt import FakeTensorRT, engine_bytes
+from tests.backends.fake_tensorrt import Diagnostics, FakeTensorRT, Validity, engine_bytes
 from tests.cuda.executors import Function, threshold
 from tests.cuda.host_device import HostDevice
 from tests.golden import GOLDEN, NETWORK_CASES, golden_scan, network_case, read_golden
@@ -258,6 +258,14 @@ def test_auto_without_a_gpu_is_the_cpu_and_says_so(root: Path, monkeypatch) -> N
     chain.close()
     with pytest.raises(DeviceError, match="buy it"):
         open_chain("random11", root, device="cuda")
+
+
+def test_auto_with_a_driver_that_is_too_old_is_the_cpu(gpu: FakeTensorRT, root: Path) -> None:
+    gpu.validity = (Validity.INVALID, Diagnostics.OLD_CUDA_DRIVER)
+    chain, note = open_chain("random11", root)
+    assert chain.device == "cpu"
+    assert note.startswith("running on the CPU: tensorrt_rtx 9.8.7 cannot start on host double")
+    chain.close()
 
 
 def test_auto_with_nothing_compiled_names_the_command(gpu: FakeTensorRT, root: Path) -> None:

@@ -18,7 +18,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,16 +221,26 @@ class GpuEngine(SealedNetwork):
             It was not.
         """
         known = self.manifest["compute_capabilities"]
-        later = self.manifest.get("later_than")
-        if "{}.{}".format(*capability) in known:
-            return
-        if later is not None and capability > tuple(map(int, str(later).split("."))):
-            return
-        raise self.refusal(
-            f"compiled for {self._devices}",
-            "{}.{}, that of {}".format(*capability, device),
-            hint=" on this machine",
-        )
+        if not covers(known, self.manifest.get("later_than"), capability):
+            raise self.refusal(
+                f"compiled for {self._devices}",
+                f"{capability_text(capability)}, that of {device}",
+                hint=" on this machine, with TensorRT if TensorRT-RTX names no such GPU: pip "
+                "install 'trtseg[tensorrt]'",
+            )
+
+
+def capability_text(capability: tuple[int, int]) -> str:
+    """Compute capability as NVIDIA writes it, such as ``8.9``."""
+    major, minor = capability
+    return f"{major}.{minor}"
+
+
+def covers(known: Sequence[str], later_than: str | None, capability: tuple[int, int]) -> bool:
+    """Whether engines for the `known` compute capabilities, and those above one, are for this."""
+    if capability_text(capability) in known:
+        return True
+    return later_than is not None and capability > tuple(map(int, later_than.split(".")))
 
 
 def gpu_engine_folder(root: Path, models: str, net: str) -> Path:

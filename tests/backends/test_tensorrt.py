@@ -390,14 +390,48 @@ def test_an_engine_that_the_library_refuses(fake, write, what, verb):
 def test_an_engine_that_the_library_says_is_invalid_here(rtx, write):
     backend = TensorRTBackend(library=rtx.library, device=rtx.device)
     engine = write("bdn")
-    rtx.validity = (Validity.INVALID, Diagnostics.UNSUPPORTED_CC | Diagnostics.OLD_CUDA_DRIVER)
-    with pytest.raises(EngineError, match=r"run it here \(UNSUPPORTED_CC; OLD_CUDA_DRIVER\)"):
+    rtx.validity = (Validity.INVALID, Diagnostics.UNSUPPORTED_CC)
+    with pytest.raises(EngineError, match=r"run it here \(UNSUPPORTED_CC\)"):
         backend.load(engine)
     rtx.validity = (Validity.INVALID, Diagnostics.INSUFFICIENT_GPU_MEMORY)
     with pytest.raises(OutOfDeviceMemory):
         backend.load(engine)
     rtx.validity = (Validity.SUBOPTIMAL, 0)
     assert backend.load(engine).batch == 16
+
+
+@pytest.mark.parametrize(
+    ("diagnostics", "said"),
+    [
+        (Diagnostics.OLD_CUDA_DRIVER, "OLD_CUDA_DRIVER"),
+        (Diagnostics.UNSUPPORTED_CC | Diagnostics.OLD_CUDA_DRIVER, "OLD_CUDA_DRIVER; UNSUPPORTED"),
+        (0, "cudaError 35"),  # what 1.7 says of a driver that is too old
+    ],
+)
+def test_a_driver_that_is_too_old_is_not_the_engines_fault(rtx, write, diagnostics, said):
+    def judge(runtime: Any, content: bytes) -> tuple[Validity, int]:
+        rtx.reason = "cudaError 35"
+        rtx.log()
+        return Validity.INVALID, diagnostics
+
+    backend = TensorRTBackend(library=rtx.library, device=rtx.device)
+    engine = write("bdn")
+    type(backend._runtime).get_engine_validity = judge
+    with pytest.raises(
+        DeviceError, match=rf"cannot start on host double \({said}.*update the driver"
+    ):
+        backend.load(engine)
+
+
+def test_the_library_is_the_one_that_compiled(fake, write, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "open_library", lambda name: asked.append(name) or fake.library)
+    backend = TensorRTBackend(device=fake.device)
+    for net in ("bdn", "cgm"):
+        backend.load(write(net, library=fake.library.name))
+    assert asked == [fake.library.name]
+    backend.close()
+    assert fake.device.closed
 
 
 def test_an_engine_of_another_library(rtx, write):
@@ -466,6 +500,15 @@ def test_every_place_of_a_batch_is_tested(rtx, write):
         backend.load(write("bdn", "high"))
 
 
+def test_what_is_tested_is_the_third_run(rtx, write):
+    """Where the library captures a graph, that is the first that scans will be like."""
+    calls = iter(range(100))
+    rtx.functions["high"] = lambda inputs: FUNCTIONS["high"](inputs) + (next(calls) == 2)
+    backend = TensorRTBackend(library=rtx.library, device=rtx.device)
+    with pytest.raises(EngineError, match="in the self-test"):
+        backend.load(write("bdn", "high", batches=(1,)))
+
+
 def test_a_failed_self_test_leaves_nothing_behind(fake, write):
     backend = TensorRTBackend(library=fake.library, device=fake.device)
     with pytest.raises(EngineError):
@@ -479,6 +522,25 @@ def test_a_tensor_that_takes_no_address(fake, write):
     fake.failures = {"address"}
     with pytest.raises(DeviceError, match=r"b16\.engine: .* takes no address for tensor normal"):
         backend.load(write("bdn", library=fake.library.name))
+
+
+@pytest.mark.parametrize("at", ["deserialize", "context", "enqueue"])
+def test_an_interrupt_while_the_library_logs(fake, write, monkeypatch, at):
+    class Severity:
+        @property
+        def name(self) -> str:
+            raise KeyboardInterrupt
+
+    backend = TensorRTBackend(library=fake.library, device=fake.device)
+    engine = write("bdn", library=fake.library.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "log", lambda: fake.logger.log(Severity(), "noise"))
+        patch.setattr(fake, "failures", {at})
+        with pytest.raises(KeyboardInterrupt):
+            backend.load(engine)
+    assert backend.load(engine).batch == 16
+    backend.close()
+    assert fake.device.buffers == 0
 
 
 def test_a_batch_that_cannot_be_enqueued(backend, fake):

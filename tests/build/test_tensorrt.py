@@ -29,6 +29,7 @@ from trtseg.build.tensorrt import (
     inspect_engine,
     layer_report,
 )
+from trtseg.cuda.device import GpuInfo
 from trtseg.engine import load_engine, write_engine
 from trtseg.errors import (
     DeviceError,
@@ -316,7 +317,7 @@ def test_manifest_says_what_was_compiled_from_what(build: Build, root: Path) -> 
     text = (engine.folder / "manifest.json").read_text()
     manifest = json.loads(text)
     assert manifest["library"] == {"name": "tensorrt_rtx", "version": open_library().version}
-    assert manifest["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
+    assert manifest["compute_capabilities"] == ["8.6", "8.9", "12.0"]
     assert manifest["later_than"] == "12.0"
     assert (manifest["form"], manifest["batches"], manifest["tile"]) == ("plain8", [1, 2], 15)
     assert manifest["precision"] == "float16, last layer float32"
@@ -516,13 +517,45 @@ def test_without_a_compiler_for_the_kernels(
         build_gpu_models(models, root)
 
 
-def test_a_library_that_compiles_on_the_gpu_names_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trtseg.cuda import device
+def gpu_here(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    gpu = GpuInfo(0, "this one", capability, 80 << 30)
+    monkeypatch.setattr(tensorrt, "list_gpus", lambda: [gpu])
 
-    gpu = device.GpuInfo(0, "H100", (9, 0), 80 << 30)
-    monkeypatch.setattr(device, "list_gpus", lambda: [gpu])
+
+def test_a_library_that_compiles_on_the_gpu_names_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_here(monkeypatch, (9, 0))
     found = fake_library()
     assert tensorrt._targets(found, ()).listed == ("9.0",)
     assert tensorrt._targets(found, ()).later_than is None
     with pytest.raises(UsageError, match=r"compute capability 8\.6 with tensorrt"):
         tensorrt._targets(found, ["8.6"])
+
+
+def test_turing_is_compiled_for_where_it_is_the_gpu(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everywhere = tensorrt._targets(library, ())
+    assert (everywhere.named, everywhere.later_than) == ((), "12.0")
+    gpu_here(monkeypatch, (8, 6))
+    assert tensorrt._targets(library, ()) == everywhere
+    gpu_here(monkeypatch, (7, 5))
+    assert tensorrt._targets(library, ()).named == ("7.5",)
+    assert tensorrt._targets(library, ["8.9"]).named == ("8.9",)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "chosen"),
+    [
+        ((9, 0), ["tensorrt_rtx", "tensorrt"], "tensorrt"),
+        ((8, 0), ["tensorrt_rtx", "tensorrt"], "tensorrt"),
+        ((9, 0), ["tensorrt_rtx"], None),
+        ((7, 5), ["tensorrt_rtx", "tensorrt"], None),
+        ((8, 9), ["tensorrt_rtx", "tensorrt"], None),
+        ((12, 1), ["tensorrt_rtx", "tensorrt"], None),
+    ],
+)
+def test_the_library_goes_with_the_gpu(monkeypatch, capability, installed, chosen) -> None:
+    monkeypatch.setattr(tensorrt, "installed_libraries", lambda: installed)
+    assert tensorrt._library_for_this_gpu() is None  # no GPU here
+    gpu_here(monkeypatch, capability)
+    assert tensorrt._library_for_this_gpu() == chosen

@@ -33,6 +33,7 @@ class FakePycuda:
         package.driver = self.driver
         monkeypatch.setitem(sys.modules, "pycuda", package)
         monkeypatch.setitem(sys.modules, "pycuda.driver", self.driver)
+        monkeypatch.setattr("trtseg.cuda.device._pop_given_back", self.stack.pop)
 
     def call(self, name: str, *arguments: Any, current: bool = True) -> None:
         """Note a call; nearly all need a current context."""
@@ -73,6 +74,7 @@ class FakePycuda:
             def detach(self) -> None:
                 fake.call("detach", current=False)
                 assert not fake.held, "detached with memory still held"
+                fake.stack.append("given back")
 
         class Device:
             def __init__(self, index: int) -> None:
@@ -97,7 +99,8 @@ class FakePycuda:
                 return Context()
 
         class Stream:
-            def __init__(self) -> None:
+            def __init__(self, flags: int) -> None:
+                assert flags == 1, "a stream that waits for the default one"
                 fake.call("stream")
                 self.handle = 4242 + fake.streams
                 self.name = " aside" if fake.streams % 2 else ""

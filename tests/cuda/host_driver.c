@@ -33,13 +33,15 @@ static struct Block* live;
 #define NEEDS_CONTEXT \
     if (!depth) return INVALID_CONTEXT
 
-// What was handed out and not given back, in order: memory, streams, events, contexts.
+// What was handed out and not given back, in order: memory, streams, events, contexts; and how many
+// contexts are still current, one above the other.
 void host_driver_left(int* counts) {
     counts[0] = 0;
     for (struct Block* one = live; one; one = one->next) ++counts[0];
     counts[1] = streams;
     counts[2] = events;
     counts[3] = contexts;
+    counts[4] = depth;
 }
 
 static void* take(size_t size) {

@@ -184,6 +184,14 @@ def test_out_of_memory_elsewhere(pycuda: FakePycuda, device: CudaDevice) -> None
     assert caught.value.needed is None
 
 
+def test_no_memory_for_a_context(pycuda: FakePycuda) -> None:
+    pycuda.failures["retain"] = pycuda.driver.MemoryError("cuDevicePrimaryCtxRetain failed")
+    pycuda.failures["mem_get_info"] = pycuda.driver.LogicError("invalid device context")
+    pycuda.stack.append("that mem_get_info may be asked")
+    with pytest.raises(OutOfDeviceMemory, match="has 0 MiB of free memory"):
+        CudaDevice()
+
+
 def test_out_of_page_locked_memory(pycuda: FakePycuda, device: CudaDevice) -> None:
     pycuda.failures["pagelocked_empty"] = pycuda.driver.MemoryError("cuMemHostAlloc failed")
     with device.active(), pytest.raises(DeviceError, match="no 9 MiB of page-locked") as caught:

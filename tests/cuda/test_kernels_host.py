@@ -503,6 +503,13 @@ def test_other_voxels_are_converted(dtype, wider):
     assert found.ravel().tolist() == [0.5, 3]
 
 
+def test_voxels_of_the_other_byte_order_are_converted():
+    voxels = np.array([[[1, 256]]], np.dtype(np.int16).newbyteorder())
+    found = launches.readable(voxels)
+    assert found.dtype.isnative
+    np.testing.assert_array_equal(found, voxels)
+
+
 def test_sizes_of_the_published_tensors():
     assert launches.input_bytes(PUBLISHED, 2) == {
         "normal": 2 * 364500,

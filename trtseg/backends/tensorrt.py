@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
+#: What a library calls invalid that is so for any engine: the driver does not go with it.
+_NOT_THE_ENGINES = {"OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "CUDA_ERROR"}
+
 #: Mode, dtype and shape of an engine's tensor.
 Tensor = tuple[str, str, tuple[int, ...]]
 
@@ -48,14 +51,15 @@ class TensorRTBackend:
     index : int
         Which GPU.
     library : Library, optional
-        Default what `trtseg.backends.tensorrt_library.open_library` finds.
+        Default the one that compiled the first engine to be loaded.
     device : Device, optional
         Default the GPU `index`; owned from here on.
 
     Raises
     ------
     DeviceError
-        The library, pycuda, the driver or the GPU is missing; the message says which.
+        pycuda, the driver or the GPU is missing, or the library does not start on it; the message
+        says which.
     """
 
     precision = "f16"
@@ -63,19 +67,19 @@ class TensorRTBackend:
     def __init__(
         self, index: int = 0, *, library: Library | None = None, device: Device | None = None
     ) -> None:
-        # The GPU first: where there is none, the library need not be loaded, which takes memory.
         self._gpu: Device = CudaDevice(index) if device is None else device
         self._messages = Messages()
         self._networks: dict[str, TensorRTNetwork] = {}
         self._kernels = False
+        self._open = True
+        self._runtime: Any = None
         self.device = f"cuda:{index}"
         try:
-            self._library = open_library() if library is None else library
-            self._logger = self._library.logger(self._messages)
             with self._gpu.active():
                 self._free = self._gpu.memory()[0]
-                self._runtime = self._make_runtime()
                 self._chain = Chain(self._gpu)
+                if library is not None:
+                    self._start(library)
         except DeviceError:
             self._gpu.close()
             raise
@@ -96,7 +100,12 @@ class TensorRTBackend:
             it has other tensors than the network's, or it fails the self-test.
         OutOfDeviceMemory
             Even its smallest batch does not fit.
+        DeviceError
+            The library that compiled it is not installed, or does not work with this driver.
         """
+        if self._runtime is None:
+            with self._gpu.active():
+                self._start(open_library(engine.manifest["library"]["name"]))
         engine.check_library(self._library.name, self._library.version)
         if not self._library.has_engine_validity:  # else it is asked itself, engine by engine
             engine.check_device(self._gpu.compute_capability, self._gpu.name)
@@ -219,8 +228,9 @@ class TensorRTBackend:
     def close(self) -> None:
         """Free the GPU; loaded networks are unusable afterwards. May be called again."""
         networks, self._networks = self._networks, {}
-        if self._runtime is None:
+        if not self._open:
             return
+        self._open = False
         with self._gpu.active():
             for network in networks.values():
                 network.drop()
@@ -229,16 +239,13 @@ class TensorRTBackend:
                 self._chain.close()
         self._gpu.close()
 
-    def _make_runtime(self) -> Any:
+    def _start(self, library: Library) -> None:
+        self._library = library
+        self._logger = library.logger(self._messages)
         try:
-            return self._library.trt.Runtime(self._logger)
+            self._runtime = library.trt.Runtime(self._logger)
         except (RuntimeError, TypeError) as error:  # pybind11's words for a null runtime
-            raise DeviceError(
-                f"{self._library.name} {self._library.version} cannot start on {self._gpu.name} "
-                f"({self._messages.reason})",
-                expected="a GPU and a driver that this version of the library supports",
-                action="update the driver or the library, or run with --device cpu",
-            ) from error
+            raise _no_start(library, self._gpu, self._messages.reason) from error
 
     def _shrink(self) -> bool:
         """Load the networks of the largest batch anew with a smaller one; False if none is left."""
@@ -263,7 +270,7 @@ class TensorRTBackend:
         """Give a network a session of the first of `batches` that fits."""
         for position, batch in enumerate(batches, 1):
             try:
-                network.session = self._open(network.engine, batch)
+                network.session = self._session(network.engine, batch)
                 return
             except OutOfDeviceMemory:
                 self._chain.drop_executors()
@@ -279,12 +286,15 @@ class TensorRTBackend:
             "device": self._gpu,
         }
 
-    def _open(self, engine: GpuEngine, batch: int) -> NetworkSession:
+    def _session(self, engine: GpuEngine, batch: int) -> NetworkSession:
         session = NetworkSession(engine, batch, **self._means())
         try:
             inputs, _ = engine.selftest()
-            for logits in self._chain.evaluate(session, inputs):
-                engine.check_selftest(logits)
+            # Where the library captures a graph, the first run is plain, the second is captured,
+            # and from the third on the graph is replayed: that is what scans will run.
+            for _ in range(3):
+                for logits in self._chain.evaluate(session, inputs):
+                    engine.check_selftest(logits)
         except (DeviceError, EngineError):
             session.close()
             raise
@@ -392,20 +402,16 @@ class Session:
         self._library = library
         self._messages = messages
         self._device = device
-        messages.lines.clear()
-        content = engine.read(file)
-        self._check_valid(runtime, content)
-        self._cuda_engine = runtime.deserialize_cuda_engine(content)
-        if self._cuda_engine is None:
-            raise self._refused(None, "load it")
-        self._check_tensors(tensors)
-        self.scratch_bytes = int(self._cuda_engine.device_memory_size_v2)
+        self._cuda_engine: Any = None
+        self._context: Any = None
         self._cache: Any = None
         self._cache_is_new = False
-        self._context = self._make_context()
-        if self._context is None:
-            raise self._refused(self.scratch_bytes, "run it")
         self._bound: tuple[dict[str, int], int] | None = None
+        try:
+            self._load(runtime, engine.read(file), tensors)
+        except BaseException:
+            self.close()  # now, while the GPU is active, and not when the error is forgotten
+            raise
 
     def bind(self, tensors: Mapping[str, int], scratch: int) -> None:
         """See `trtseg.cuda.chain.Executor`; nothing is done where nothing has changed."""
@@ -420,7 +426,9 @@ class Session:
 
     def enqueue(self) -> None:
         """See `trtseg.cuda.chain.Executor`."""
-        if not self._context.execute_async_v3(self._device.stream):
+        enqueued = self._context.execute_async_v3(self._device.stream)
+        self._messages.raise_if_interrupted()
+        if not enqueued:
             raise self._failed("cannot run a batch of tiles")
 
     def keep_cache(self) -> None:
@@ -442,20 +450,35 @@ class Session:
         """Free the library's objects, at once and whoever still holds the session."""
         self._context = self._cache = self._cuda_engine = None
 
+    def _load(self, runtime: Any, content: bytes, tensors: Mapping[str, Tensor]) -> None:
+        self._messages.lines.clear()
+        self._check_valid(runtime, content)
+        self._cuda_engine = runtime.deserialize_cuda_engine(content)
+        self._messages.raise_if_interrupted()
+        if self._cuda_engine is None:
+            raise self._refused(None, "load it")
+        self._check_tensors(tensors)
+        self.scratch_bytes = int(self._cuda_engine.device_memory_size_v2)
+        self._context = self._make_context()
+        self._messages.raise_if_interrupted()
+        if self._context is None:
+            raise self._refused(self.scratch_bytes, "run it")
+
     def _check_valid(self, runtime: Any, content: bytes) -> None:
         """Ask the library, where it can say, whether the engine can run here at all."""
         if not self._library.has_engine_validity:
             return
         validity, diagnostics = runtime.get_engine_validity(content)
-        trt = self._library.trt
         if validity != self._library.flag("EngineValidity", "INVALID"):
             return
+        members = getattr(self._library.trt.EngineInvalidityDiagnostics, "__members__", {})
+        reasons = {name for name, one in members.items() if int(one) & int(diagnostics)}
+        said = "; ".join(sorted(reasons)) or self._messages.reason
+        if not reasons or reasons & _NOT_THE_ENGINES:
+            raise _no_start(self._library, self._device, said)
         # Where that is why, this says more.
         self._engine.check_device(self._device.compute_capability, self._device.name)
-        members = getattr(trt, "EngineInvalidityDiagnostics", None)
-        named = getattr(members, "__members__", {})
-        reasons = [name for name, one in named.items() if int(one) & int(diagnostics)]
-        raise self._refused(None, "run it here", "; ".join(reasons))
+        raise self._refused(None, "run it here", said)
 
     def _check_tensors(self, expected: Mapping[str, Tensor]) -> None:
         received = {}
@@ -546,6 +569,16 @@ def expected_tensors(spec: NetworkSpec, batch: int) -> dict[str, Tensor]:
         for name, side in spec.input_sizes().items()
     }
     return {**tensors, "logit": ("OUTPUT", "FLOAT", (batch, *[spec.out] * 3))}
+
+
+def _no_start(library: Library, device: Device, reason: str) -> DeviceError:
+    return DeviceError(
+        f"{library.name} {library.version} cannot start on {device.name} ({reason})",
+        expected="a driver for the CUDA version that the library was built with (nvidia-smi shows "
+        "the driver's)",
+        action="update the driver, install the library for an older CUDA (see docs/gpu.md), or run "
+        "with --device cpu",
+    )
 
 
 def _described(tensors: Mapping[str, Tensor]) -> str:

@@ -53,8 +53,9 @@ class Messages:
         return " ".join(self.errors[0].split()) if self.errors else "no reason given"
 
     def raise_if_interrupted(self) -> None:
-        """Raise the KeyboardInterrupt that came during a callback."""
+        """Raise the KeyboardInterrupt that came during a callback, once."""
         if self.interrupted:
+            self.interrupted = False
             raise KeyboardInterrupt
 
 

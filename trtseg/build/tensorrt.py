@@ -29,13 +29,14 @@ from trtseg import __version__, tiling
 from trtseg.architecture import NETWORKS
 from trtseg.backends.openvino import OpenVINOBackend
 from trtseg.backends.openvino import version as openvino_version
-from trtseg.backends.tensorrt_library import Messages, open_library
+from trtseg.backends.tensorrt_library import Messages, installed_libraries, open_library
 from trtseg.build import graph
 from trtseg.build.forms import check_form, cost, default_form, form_graph
 from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.half import LARGEST_HALF, fit
 from trtseg.cuda.ceilings import FACTORS, PRODUCT, SIDE
 from trtseg.cuda.compile import compile_kernels, find_compiler, kernel_source
+from trtseg.cuda.device import list_gpus
 from trtseg.engine import WEIGHTS, build_lock, load_engine
 from trtseg.errors import DeviceError, EngineError, UsageError
 from trtseg.files import sha256_bytes
@@ -45,6 +46,8 @@ from trtseg.gpu_engine import (
     CEILING,
     SELFTEST,
     cache_key,
+    capability_text,
+    covers,
     engine_file,
     load_gpu_engine,
     write_gpu_engine,
@@ -73,8 +76,9 @@ if TYPE_CHECKING:
 PRECISION = "float16, last layer float32"
 
 #: GPUs that an engine of TensorRT-RTX runs on where none are named: these and later ones (NVIDIA's
-#: documentation, "CPU-Only AOT and TensorRT-RTX Engines"). Turing, 7.5, must be named.
-PORTABLE = ("8.0", "8.6", "8.9", "12.0")
+#: "TensorRT-RTX 1.5 Support Matrix"). Turing must be named, and costs the others speed.
+PORTABLE = ("8.6", "8.9", "12.0")
+TURING = "7.5"
 
 #: Device memory that the builder may use for any one layer. TensorRT-RTX treats a whole network as
 #: one layer, whose tensors lie in it: 820 MB at a batch of 16.
@@ -129,14 +133,15 @@ def build_gpu_models(
     root : Path
         The engines folder; the model set must be built there (`trtseg.build.builder`).
     library : str, optional
-        ``tensorrt_rtx`` or ``tensorrt``; default the first that is installed.
+        ``tensorrt_rtx`` or ``tensorrt``; default the first that is installed and has code for the
+        GPU of this machine, if it has one.
     batches : sequence of int
         Tiles per run; one engine each.
     form : str, optional
         One of `trtseg.build.forms.FORMS`; default what that module estimates to be fastest.
     compute_capabilities : sequence of str
         GPUs to compile for, such as ``"7.5"``, where the library compiles without a GPU; default
-        `PORTABLE` and later ones.
+        `PORTABLE` and later ones, or Turing where that is the GPU of this machine.
     force : bool
         Compile even where an intact engine of the same recipe is there already.
     report : callable, optional
@@ -168,7 +173,7 @@ def build_gpu_models(
         raise UsageError(f"batches {list(batches)}", expected="different numbers of at least 1")
     if form is not None:
         check_form(form)
-    opened = open_library(library)
+    opened = open_library(library or _library_for_this_gpu())
     targets = _targets(opened, compute_capabilities)
     plan = _Plan(opened, tuple(sorted(batches)), form, targets, _Kernels(compiler))
     with build_lock(root, models.name):
@@ -231,22 +236,36 @@ class _Plan:
         return build_engine(self.library, product, compute_capabilities=named).content
 
 
+def _library_for_this_gpu() -> str | None:
+    """TensorRT, where that is installed and TensorRT-RTX has no code for this machine's GPU."""
+    here = _this_gpu()
+    if here is None or covers((TURING, *PORTABLE), PORTABLE[-1], here):
+        return None
+    return "tensorrt" if "tensorrt" in installed_libraries() else None
+
+
+def _this_gpu() -> tuple[int, int] | None:
+    """Compute capability of this machine's first GPU, if it has one that can be used."""
+    try:
+        return list_gpus()[0].compute_capability
+    except DeviceError:
+        return None
+
+
 def _targets(library: Library, wanted: Sequence[str]) -> _Targets:
     if library.compiles_without_gpu:
         for one in wanted:
             library.flag("ComputeCapability", _capability_name(one))
-        if wanted:
-            return _Targets(tuple(wanted), tuple(wanted), None)
-        return _Targets((), PORTABLE, PORTABLE[-1])
+        here = _this_gpu()
+        turing = here is not None and capability_text(here) == TURING
+        named = tuple(wanted) or ((TURING,) if turing else ())
+        return _Targets(named, named, None) if named else _Targets((), PORTABLE, PORTABLE[-1])
     if wanted:
         raise UsageError(
             f"compute capability {', '.join(wanted)} with {library.name}",
             expected="none: it compiles for the GPU of the machine it runs on",
         )
-    from trtseg.cuda.device import list_gpus
-
-    major, minor = list_gpus()[0].compute_capability
-    return _Targets((), (f"{major}.{minor}",), None)
+    return _Targets((), (capability_text(list_gpus()[0].compute_capability),), None)
 
 
 def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) -> GpuEngine:

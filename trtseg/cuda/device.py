@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 #: Threads of a block: a multiple of the 32 that run together, and small enough for any kernel.
 BLOCK = 256
 
+#: CU_STREAM_NON_BLOCKING of cuda.h, which pycuda does not name. A stream without it waits for the
+#: default stream, on which other code in the process may work, and cannot be captured beside it.
+_NON_BLOCKING = 1
+
 #: The driver's library, on every machine that has the driver.
 DRIVER = "libcuda.so.1"
 
@@ -229,9 +233,9 @@ class CudaDevice:
             self._context = device.retain_primary_context()
         try:
             with self.active(), _errors(driver):
-                self._stream = driver.Stream()
+                self._stream = driver.Stream(_NON_BLOCKING)
                 self.stream = int(self._stream.handle)
-                self._aside = driver.Stream()
+                self._aside = driver.Stream(_NON_BLOCKING)
                 self._arrived = driver.Event()
         except DeviceError:
             self.close()
@@ -418,7 +422,16 @@ class CudaDevice:
         finally:
             self._driver.Context.pop()
             self._context.detach()
+            _pop_given_back()
             self._context = None
+
+
+def _pop_given_back() -> None:
+    """Take a primary context that was given back off this thread's stack of contexts.
+
+    pycuda makes it current to give it back, and leaves it so: a context of its own would be gone.
+    """
+    ctypes.CDLL(DRIVER).cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 def _open_driver() -> Any:
@@ -484,7 +497,11 @@ def _errors(driver: Any, *, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except driver.MemoryError as error:
-        raise OutOfDeviceMemory(needed, int(driver.mem_get_info()[0]), "one buffer") from error
+        try:
+            free = int(driver.mem_get_info()[0])
+        except driver.Error:  # no context is current: there was no room for one
+            free = 0
+        raise OutOfDeviceMemory(needed, free, "one buffer") from error
     except driver.Error as error:
         raise DeviceError(
             f"the GPU failed ({_first_line(error)})",

@@ -299,6 +299,8 @@ def readable(voxels: NDArray[Any]) -> NDArray[Any]:
 
     Only half precision and types wider than 64 bits are converted; the former loses nothing.
     """
+    if not voxels.dtype.isnative:
+        voxels = voxels.astype(voxels.dtype.newbyteorder("="))
     if voxels.dtype.name in VOXEL_TYPES:
         return voxels
     return voxels.astype(np.float32 if voxels.dtype.itemsize < 4 else np.float64)
