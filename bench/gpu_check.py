@@ -1,6 +1,7 @@
-"""What ``make gpu-check`` runs: the GPU tests, then latency, into one JSON under bench/results/.
+"""What ``make gpu-check`` runs: latency, then the GPU tests, into one JSON under bench/results/.
 
-    python bench/gpu_check.py [--models demo] [--runs 20] [--no-tests] [--json FILE]
+    python bench/gpu_check.py [--models demo] [--library NAME] [--runs 20]
+        [--no-tests] [--json FILE]
 
 Needs an NVIDIA GPU, pycuda, and TensorRT-RTX or TensorRT. With PyTorch installed it also times the
 same networks there (float16, eager and compiled); without it those figures stay empty, and the file
@@ -45,7 +46,7 @@ from trtseg.cuda.device import CudaDevice, list_gpus
 from trtseg.engine import WEIGHTS, Engine
 from trtseg.errors import TrtsegError
 from trtseg.files import atomic_write_json
-from trtseg.gpu_engine import GpuEngine, engine_file
+from trtseg.gpu_engine import GpuEngine, capability_text, engine_file
 from trtseg.home import demo_folder, engines_root
 from trtseg.models import find_models
 from trtseg.nifti import read_scan, scan_from_array, write_labels
@@ -58,21 +59,65 @@ TORCH = "pip install torch, then make gpu-check"
 
 
 def main() -> int:
-    """Run everything asked for; the exit code says whether the GPU tests passed."""
+    """Run everything asked for; the exit code says whether all of it went well."""
     options = parsed()
     try:
-        report = measured(options)
+        gpu = list_gpus()[0]
+        compiled, frozen = built(options)
     except TrtsegError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    target = options.json or RESULTS / f"gpu_{report['gpu']['name'].replace(' ', '_')}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(target, report)
-    print(json.dumps(report, indent=2))
-    print(f"written to {target}")
-    tests = report["tests"]
-    failed = tests is not None and (tests["failed"] > 0 or tests["passed"] == 0)
-    return int(failed or "refused" in report)
+    report = Report(options.json or RESULTS / f"gpu_{gpu.name.replace(' ', '_')}.json")
+    report.add(
+        gpu={
+            "name": gpu.name,
+            "compute_capability": capability_text(gpu.compute_capability),
+            "memory_bytes": gpu.memory,
+            "driver": driver_version(),
+        },
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        trtseg=__version__,
+        library=compiled["bdn"].manifest["library"],
+        form={net: one.manifest["form"] for net, one in compiled.items()},
+        models=options.models,
+    )
+    measure_all(report, options, compiled, frozen)
+    print(json.dumps(report.found, indent=2))
+    print(f"written to {report.path}")
+    tests = report.found.get("tests")
+    untested = tests is None or tests["failed"] > 0 or tests["passed"] == 0
+    return int(bool(report.failed) or (untested and not options.no_tests))
+
+
+class Report:
+    """What was found so far, on disk after every part of it: a crash costs no more than one part.
+
+    Parameters
+    ----------
+    path : Path
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **parts: Any) -> None:
+        """Keep more."""
+        self.found |= parts
+        atomic_write_json(self.path, self.found)
+
+    def attempt(self, name: str, action: Callable[[], Any]) -> Any:
+        """Keep what `action` gives, or, under ``failed``, why it gave nothing."""
+        print(f"{name} ...", flush=True)
+        try:
+            self.add(**{name: action()})
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other parts go on)
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            self.add(failed=self.failed)
+            print(f"{name} failed: {self.failed[name]}", file=sys.stderr, flush=True)
+        return self.found.get(name)
 
 
 def parsed() -> argparse.Namespace:
@@ -81,57 +126,43 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", default="demo")
+    parser.add_argument("--library", help="tensorrt_rtx or tensorrt; default what suits the GPU")
     parser.add_argument("--runs", type=int, default=20, help="warm runs")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--json", type=Path, help="default bench/results/gpu_<name>.json")
     return parser.parse_args()
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole report; where the engines are refused on this GPU, all that can do without them."""
-    gpu = list_gpus()[0]
-    compiled, frozen = built(options.models)
-    report: dict[str, Any] = {
-        "gpu": {
-            "name": gpu.name,
-            "compute_capability": "{}.{}".format(*gpu.compute_capability),
-            "memory_bytes": gpu.memory,
-            "driver": driver_version(),
-        },
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "trtseg": __version__,
-        "library": compiled["bdn"].manifest["library"],
-        "form": {net: one.manifest["form"] for net, one in compiled.items()},
-        "models": options.models,
-        "validity": {net: validity(one) for net, one in compiled.items()},
-    }
-    print(json.dumps(report, indent=2), flush=True)  # a crash further on must not cost the answer
-    report["tests"] = None if options.no_tests else run_tests()
+def measure_all(
+    report: Report,
+    options: argparse.Namespace,
+    compiled: dict[str, GpuEngine],
+    frozen: dict[str, Engine],
+) -> None:
+    """Every part, the first to be known first; where the engines are refused, all the others."""
+    report.attempt("validity", lambda: {net: validity(one) for net, one in compiled.items()})
     raw = fitted(read_scan(demo_folder() / "phantom_23w.nii.gz").data, SHAPE)
     mask = box(SHAPE, FRACTION)
     tiles = {
         "bdn": len(tiling.plan_tiles(SHAPE, compiled["bdn"].spec)),
         "cgm": len(tiling.plan_tiles(SHAPE, compiled["cgm"].spec, mask)),
     }
-    report |= {"shape": SHAPE, "brain_fraction": float(mask.mean()), "tiles": tiles}
-    report["files"] = file_times(raw)
-    refused: TrtsegError | None = None
-    try:
-        report |= latencies(compiled, raw, mask, options.runs)
-    except TrtsegError as error:
-        refused = error
-        report["refused"] = str(error)
-    batch = report.get("batch", compiled["bdn"].batches[-1])
-    report["own_part"] = own_part(compiled, raw, mask, batch, options.runs)
-    report["torch"] = torch_figures(compiled, frozen, tiles, batch)
-    if refused is None:
-        report["ratios"] = ratios(report, compiled)
-    return report
+    report.add(shape=SHAPE, brain_fraction=float(mask.mean()), tiles=tiles)
+    latency = report.attempt("latency", lambda: latencies(compiled, raw, mask, options.runs))
+    best = report.attempt("ceilings", lambda: ceilings(compiled))
+    batch = compiled["bdn"].batches[-1] if latency is None else latency["batch"]
+    report.attempt("own_part", lambda: own_part(compiled, raw, mask, batch, options.runs))
+    files = report.attempt("files", lambda: file_times(raw))
+    torch = report.attempt("torch", lambda: torch_figures(compiled, frozen, tiles, batch))
+    if None not in (latency, best, files):
+        report.attempt("ratios", lambda: ratios(compiled, tiles, latency, best, files, torch))
+    if not options.no_tests:
+        report.attempt("tests", run_tests)
 
 
 def validity(engine: GpuEngine) -> dict[str, Any] | None:
     """What the library says of an engine on this GPU, whatever trtseg's own check says."""
-    library, messages = open_library(), Messages()
+    library, messages = open_library(engine.manifest["library"]["name"]), Messages()
     if not library.has_engine_validity:
         return None
     logger = library.logger(messages)
@@ -143,12 +174,12 @@ def validity(engine: GpuEngine) -> dict[str, Any] | None:
     return {"validity": found.name, "diagnostics": int(diagnostics), "said": messages.errors}
 
 
-def built(models: str) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:
+def built(options: argparse.Namespace) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:
     """The compiled networks and what they were compiled from; builds what is missing or stale."""
-    root, chosen = engines_root(), find_models(models)
+    root, chosen = engines_root(), find_models(options.models)
     frozen = {one.net: one for one in build_models(chosen, root, force=False, report=print)}
-    compiled = {one.net: one for one in build_gpu_models(chosen, root, report=print)}
-    return compiled, frozen
+    compiled = build_gpu_models(chosen, root, library=options.library, report=print)
+    return {one.net: one for one in compiled}, frozen
 
 
 def run_tests() -> dict[str, int]:
@@ -156,7 +187,9 @@ def run_tests() -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-s", f"--junitxml={path}", "tests/gpu"]
-        subprocess.run(command, cwd=ROOT, check=False)
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if not path.exists():
+            raise RuntimeError(f"pytest ended with {done.returncode} and without a report")
         suite = ET.parse(path).getroot().find("testsuite")
     assert suite is not None
     count = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
@@ -269,13 +302,11 @@ def latencies(
         boxed = warm(lambda: backend.segment_chain(raw, mask=mask), runs)
         batch = networks["bdn"].batch
         description = backend.description
-        best = backend.ceilings()
     finally:
         backend.close()
     network = whole["stages"]["brain"]["p50_s"] + boxed["stages"]["cortex"]["p50_s"]
     return {
         "backend": description,
-        "ceilings": dataclasses.asdict(best),
         "batch": batch,
         "seconds_first_start": first_start,
         "seconds_start": start,
@@ -285,6 +316,15 @@ def latencies(
         "seconds_network": network,
         "voxels_per_second": raw.size / network,
     }
+
+
+def ceilings(compiled: dict[str, GpuEngine]) -> dict[str, float]:
+    """What the GPU reaches at its best."""
+    backend, _ = opened(compiled)
+    try:
+        return dataclasses.asdict(backend.ceilings())
+    finally:
+        backend.close()
 
 
 def warm(action: Callable[[], ChainOutput], runs: int) -> dict[str, Any]:
@@ -357,32 +397,46 @@ def fastest(torch: Any, action: Callable[[], Any], repeats: int = 10) -> float:
 def torch_batch(
     torch: Any, engine: Engine, spec: NetworkSpec, batch: int, compile_it: bool
 ) -> float:
-    """Seconds of one batch of tiles in the published form, inputs on the GPU already."""
+    """Seconds of one batch of tiles in the published form, in the faster of two memory orders."""
     from torch_network import TorchNetwork
 
     weights = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), spec)
-    network = TorchNetwork(form_graph(weights, "plain", batch=batch)).cuda().eval()
-    run = torch.compile(network) if compile_it else network
-    inputs = [
-        torch.randn(batch, 1, side, side, side, device="cuda")
-        for side in spec.input_sizes().values()
-    ]
-    with torch.inference_mode():
-        return fastest(torch, lambda: run(*inputs))
+    torch.backends.cudnn.benchmark = True  # the fastest kernels that cuDNN has, as users set it
+    seconds = []
+    for order in (torch.contiguous_format, torch.channels_last_3d):
+        network = TorchNetwork(form_graph(weights, "plain", batch=batch)).cuda().eval()
+        for buffer in network.buffers():
+            if buffer.dim() == 5:
+                buffer.data = buffer.data.contiguous(memory_format=order)
+        run = torch.compile(network) if compile_it else network
+        inputs = [
+            torch.randn(batch, 1, side, side, side, device="cuda").to(memory_format=order)
+            for side in spec.input_sizes().values()
+        ]
+        with torch.inference_mode():
+            seconds.append(fastest(torch, lambda run=run, inputs=inputs: run(*inputs)))
+    return min(seconds)
 
 
-def ratios(report: dict[str, Any], compiled: dict[str, GpuEngine]) -> dict[str, Any]:
+def ratios(
+    compiled: dict[str, GpuEngine],
+    tiles: dict[str, int],
+    latency: dict[str, Any],
+    best: dict[str, float],
+    file_seconds: dict[str, float],
+    torch: dict[str, Any] | None,
+) -> dict[str, Any]:
     """The figures that the targets are stated in; None where PyTorch was not there to measure."""
-    network = report["seconds_network"]
+    network = latency["seconds_network"]
     # Either of the two scans holds one of the networks; what is not network counts once, with the
     # files.
-    whole = report["without_mask"]
+    whole = latency["without_mask"]
     rest = whole["seconds"]["p50_s"] - whole["stages"]["brain"]["p50_s"]
     rest -= whole["stages"]["cortex"]["p50_s"]
-    files = sum(report["files"].values())
+    files = sum(file_seconds.values())
     work = {net: cost(one.spec, one.manifest["form"]) for net, one in compiled.items()}
-    operations = sum(2 * work[net].multiply_adds * report["tiles"][net] for net in work)
-    moved = sum(work[net].bytes * report["tiles"][net] for net in work)
+    operations = sum(2 * work[net].multiply_adds * tiles[net] for net in work)
+    moved = sum(work[net].bytes * tiles[net] for net in work)
     found: dict[str, Any] = {
         "operations": operations,
         "bytes": moved,
@@ -393,13 +447,11 @@ def ratios(report: dict[str, Any], compiled: dict[str, GpuEngine]) -> dict[str, 
         "torch_eager_to_network": None,
         "torch_compiled_to_network": None,
     }
-    best = report["ceilings"]
     floor = max(
         operations / best["operations_per_second"],
         moved / best["bytes_per_second"],
     )
     found |= {"seconds_floor": floor, "network_to_floor": network / floor}
-    torch = report["torch"]
     if torch is None:
         return {**found, "missing": f"torch_*: {TORCH}"}
     return {

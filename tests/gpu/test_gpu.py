@@ -357,7 +357,8 @@ def test_memory_is_flat_over_200_scans(engines, ahead):
     for number in range(200):
         run(number)
     with device.active():
-        assert device.memory()[0] >= free
+        # The GPU is not ours alone; 200 scans that each lost as little as a label map lose more.
+        assert device.memory()[0] >= free - (4 << 20)
     backend.close()
 
 

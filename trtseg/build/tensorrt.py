@@ -6,10 +6,11 @@ supports, and leaves the choice of kernels to the first run; TensorRT times kern
 compiles on, for GPUs like that one. Engines of TensorRT-RTX were compiled by this code but not run
 on a GPU yet; of TensorRT 10 and 11 only the Python bindings were there (scripts/gpu-layers).
 
-Engines compute in float16 with float32 sums, and their last layer in float32. What that costs is
-evaluated on the CPU at build time, on the tile that the self-test will run (see
-`trtseg.build.half`), and stored with the engine. Operations whose weights or, on that tile, results
-leave float16's range are kept in float32, and the manifest tells of which layers they are.
+Engines compute in float16, and their last layer in float32. What that costs is evaluated on the CPU
+at build time, with float32 sums, on the tile that the self-test will run (see `trtseg.build.half`),
+and stored with the engine; should the library choose kernels that sum in float16, the self-test
+judges them by that. Operations whose weights or, on that tile, results leave float16's range are
+kept in float32, and the manifest tells of which layers they are.
 """
 
 from __future__ import annotations
