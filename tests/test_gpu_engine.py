@@ -411,7 +411,7 @@ def test_without_later_gpus_only_those_named_will_do(tmp_path: Path) -> None:
 
 def test_selftest(folder: Path, tmp_path: Path) -> None:
     engine = load(tmp_path)
-    inputs, expected = engine.selftest()
+    inputs, expected = engine.selftest
     assert {name: tile.shape for name, tile in inputs.items()} == {"normal": (1, 1, 15, 15, 15)}
     np.testing.assert_array_equal(expected, answer())
     assert engine.check_selftest(answer() + np.float32(0.25)) == {

@@ -19,6 +19,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,7 @@ class GpuEngine(SealedNetwork):
         known = ", ".join(self.manifest["compute_capabilities"])
         return f"compute capability {known}" + ("" if later is None else f" and above {later}")
 
+    @cached_property
     def selftest(self) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]:
         """Inputs of one tile, each (1, 1, n, n, n), and its float32 answer, (out, out, out).
 
@@ -170,7 +172,7 @@ class GpuEngine(SealedNetwork):
         EngineError
             It is further from the float32 answer than the manifest allows.
         """
-        _, answer = self.selftest()
+        _, answer = self.selftest
         limits = self.manifest["selftest"]
         if logits.shape != answer.shape or not np.isfinite(logits).all():
             finite = int(np.isfinite(logits).sum())

@@ -288,7 +288,7 @@ def test_both_networks_are_compiled_whole(build: Build, root: Path) -> None:
 
 def test_the_selftest_holds_the_float32_answer(build: Build) -> None:
     for engine in build():
-        inputs, answer = engine.selftest()
+        inputs, answer = engine.selftest
         assert {name: tile.shape for name, tile in inputs.items()} == {
             "normal": (1, 1, 15, 15, 15),
             "sub3": (1, 1, 11, 11, 11),

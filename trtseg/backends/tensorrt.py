@@ -289,7 +289,7 @@ class TensorRTBackend:
     def _session(self, engine: GpuEngine, batch: int) -> NetworkSession:
         session = NetworkSession(engine, batch, **self._means())
         try:
-            inputs, _ = engine.selftest()
+            inputs, _ = engine.selftest
             # Where the library captures a graph, the first run is plain, the second is captured,
             # and from the third on the graph is replayed: that is what scans will run.
             for _ in range(3):
