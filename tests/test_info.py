@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.test_chains import compiled
-from trtseg import info
+from trtseg import info, packages
 from trtseg.errors import DeviceError
 
 
@@ -114,7 +114,7 @@ def test_a_driver_without_a_gpu(tmp_path, monkeypatch, driver):
 
 def test_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(info, "_open_driver", lambda: FakeDriver(gpus=2))
-    monkeypatch.setattr(info, "LIBRARIES", {**info.LIBRARIES, "pycuda": ("numpy",)})
+    monkeypatch.setitem(packages.PACKAGES, "pycuda", ("numpy",))
     found = info.gather(tmp_path)
     assert found["devices"]["cuda"]["gpus"] == [
         {"device": f"cuda:{n}", "name": "RTX 6000", "compute_capability": "12.0"} for n in (0, 1)
@@ -124,8 +124,8 @@ def test_a_gpu(tmp_path, monkeypatch):
 
 def test_nothing_compiled_for_a_gpu(engines_root, tmp_path, monkeypatch):
     monkeypatch.setattr(info, "_open_driver", FakeDriver)
-    libraries = {**info.LIBRARIES, "pycuda": ("numpy",), "tensorrt_rtx": ("numpy",)}
-    monkeypatch.setattr(info, "LIBRARIES", libraries)
+    for name in ("pycuda", "tensorrt_rtx"):
+        monkeypatch.setitem(packages.PACKAGES, name, ("numpy",))
     root = shutil.copytree(engines_root, tmp_path / "engines")
     compiled(root, "demo")
     found = info.gather(root)
@@ -140,14 +140,17 @@ def test_nothing_compiled_for_a_gpu(engines_root, tmp_path, monkeypatch):
 
 
 def test_libraries_that_are_not_installed(tmp_path, monkeypatch):
-    nowhere = dict.fromkeys(info.LIBRARIES, ("no-such-package-here",))
-    monkeypatch.setattr(info, "LIBRARIES", nowhere)
+    for name in info.LIBRARIES:
+        monkeypatch.setitem(packages.PACKAGES, name, ("no-such-package-here",))
     found = info.gather(tmp_path)
     assert set(found["libraries"].values()) == {None}
     assert missing(found, "building networks") == [
         "TensorFlow and ONNX, which read and write them: pip install 'trtseg[build]'"
     ]
-    assert "TensorRT for RTX, or TensorRT: pip install tensorrt-rtx" in missing(found, "cuda")
+    assert (
+        "TensorRT-RTX, or TensorRT for GPUs of a data centre: pip install 'trtseg[rtx]' or pip "
+        "install 'trtseg[tensorrt]'"
+    ) in missing(found, "cuda")
     assert "PyCUDA: put nvcc of the CUDA toolkit on PATH, then pip install pycuda" in missing(
         found, "cuda"
     )

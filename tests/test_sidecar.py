@@ -560,6 +560,11 @@ def test_a_table_of_another_kind(tmp_path, name):
     assert not (tmp_path / name).exists()
 
 
+def test_a_table_in_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(OutputError, match="choose another --stats, or make room"):
+        sidecar.write_stats(tmp_path / "gone" / "a.csv", [])
+
+
 def test_a_table_that_is_a_folder(tmp_path):
     (tmp_path / "stats.csv").mkdir()
     with pytest.raises(UsageError, match="name of a file"):

@@ -12,8 +12,9 @@ This is where the build step and the runtime meet. ``<root>/<models>/<net>/`` ho
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trtseg import __version__
 from trtseg.architecture import NETWORKS, NetworkSpec
 from trtseg.errors import EngineError
 from trtseg.files import make_folder
+from trtseg.locks import locked
 from trtseg.sealed import MANIFEST, Kind, SealedNetwork, looking, unwritable
 
 WEIGHTS = "weights.npz"
@@ -157,21 +159,30 @@ def write_engine(
 
 
 @contextlib.contextmanager
-def build_lock(root: Path, models: str) -> Iterator[None]:
+def build_lock(root: Path, models: str, report: Callable[[str], None]) -> Iterator[None]:
     """Hold the only right to build a model set; others wait, then find it built.
+
+    On a file system without locks two may build at once; what is put in place is whole all the
+    same.
+
+    Parameters
+    ----------
+    root : Path
+        The engines folder; made if missing.
+    models : str
+    report : callable
+        Told where another process is waited for.
 
     Raises
     ------
     OutputError
         The engines folder cannot be written.
     """
-    import fcntl
-
     make_folder(root)
-    try:
-        stream = (root / f".{models}.lock").open("w", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(root, error) from error
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        waiting = functools.partial(report, f"waiting for another trtseg that builds {models}")
+        try:
+            stack.enter_context(locked(root / f".{models}.lock", waiting))
+        except OSError as error:
+            raise unwritable(root, error) from error
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from trtseg.engine import build_command, built_models
 from trtseg.errors import TrtsegError
 from trtseg.gpu_engine import gpu_build_command
 from trtseg.home import checkpoints_root, engines_root, home
+from trtseg.packages import PACKAGES, package_version
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,18 +19,8 @@ if TYPE_CHECKING:
     from trtseg.backends.base import Backend
     from trtseg.engine import Engine
 
-#: Libraries, and the packages each can come from; the first installed one is named.
-LIBRARIES = {
-    "numpy": ("numpy",),
-    "scipy": ("scipy",),
-    "nibabel": ("nibabel",),
-    "openvino": ("openvino",),
-    "tensorflow": ("tensorflow-cpu", "tensorflow"),
-    "onnx": ("onnx",),
-    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
-    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
-    "pycuda": ("pycuda",),
-}
+#: Packages that are listed.
+LIBRARIES = tuple(name for name in PACKAGES if name != "pillow")
 
 _DRIVER = "libcuda.so.1"
 # CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR and _MINOR in cuda.h.
@@ -58,7 +48,7 @@ def gather(engines: Path | None = None) -> dict[str, Any]:
         ``$TRTSEG_HOME`` names no folder.
     """
     root = engines_root(engines)
-    libraries = {name: _version(packages) for name, packages in LIBRARIES.items()}
+    libraries = {name: package_version(name) for name in LIBRARIES}
     missing: list[dict[str, str]] = []
     cpu = _cpu(missing)
     cuda = _cuda(libraries, missing)
@@ -83,16 +73,6 @@ def gather(engines: Path | None = None) -> dict[str, Any]:
         "engines": built,
         "missing": missing,
     }
-
-
-def _version(packages: tuple[str, ...]) -> str | None:
-    """Version of the first package that is installed; nothing is imported."""
-    for package in packages:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _lacks(missing: list[dict[str, str]], purpose: str, what: str, command: str) -> None:
@@ -137,12 +117,14 @@ def _has_bf16() -> bool:
 
 
 def _cuda(libraries: dict[str, str | None], missing: list[dict[str, str]]) -> dict[str, Any]:
+    from trtseg.backends.tensorrt_library import LIBRARIES as TENSORRT
     from trtseg.cuda.device import INSTALL_PYCUDA
 
     driver, gpus = _driver(missing)
     before = len(missing)
     if libraries["tensorrt"] is None and libraries["tensorrt_rtx"] is None:
-        _lacks(missing, "cuda", "TensorRT for RTX, or TensorRT", "pip install tensorrt-rtx")
+        commands = " or ".join(TENSORRT.values())
+        _lacks(missing, "cuda", "TensorRT-RTX, or TensorRT for GPUs of a data centre", commands)
     if libraries["pycuda"] is None:
         _lacks(missing, "cuda", "PyCUDA", INSTALL_PYCUDA)
     return {"usable": bool(gpus) and len(missing) == before, "driver": driver, "gpus": gpus}
@@ -254,7 +236,7 @@ def _engine(root: Path, name: str, loadable: bool, missing: list[dict[str, str]]
             HostChain(_open_cpu("f32"), engines).close()
             state = "intact, loads on the CPU"
     except TrtsegError as error:
-        state = error.found
+        state = f"{error.found}; expected {error.expected}" if error.expected else error.found
         _lacks(missing, "engines", f"sound networks of {name}", error.action)
     return {"name": name, "folder": str(root / name), "state": state, "cuda": compiled}
 
@@ -290,7 +272,7 @@ def intact(root: Path, name: str) -> tuple[dict[str, Engine], dict[str, str]]:
             try:
                 compiled[net] = load_gpu_engines({net: one}, root)[net].summary
             except TrtsegError as error:
-                compiled[net] = error.found
+                compiled[net] = str(error)
     return engines, compiled
 
 

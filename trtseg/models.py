@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from trtseg.architecture import NETWORKS
 from trtseg.errors import DownloadError, ModelError, OutputError, UsageError
 from trtseg.files import atomic_write_json, git_blob_sha1, make_folder, sha256_file
 from trtseg.home import checkpoints_root, demo_folder
+from trtseg.locks import locked
 from trtseg.modelconfig import read_config
 
 PUBLISHED = "published"
@@ -846,41 +846,19 @@ def _alone(name: str, report: Report | None) -> Iterator[None]:
     """Wait until no other process adds the set `name`, then remove what dead ones left."""
     root = checkpoints_root()
     make_folder(root)
-    with _disk_errors(root):
-        descriptor = _open_lock(root / f".{name}~lock")
-    try:
-        if _lock(descriptor, f"waiting for another trtseg that is adding {name!r}", report):
-            # Staging folders are made under this lock only, so that these have no owner left.
-            for leftover in root.glob(f".{name}~*.part"):
-                shutil.rmtree(leftover, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with _disk_errors(root):
+            held = stack.enter_context(
+                locked(
+                    root / f".{name}~lock",
+                    lambda: _say(report, f"waiting for another trtseg that is adding {name!r}"),
+                )
+            )
+        # Where the file system has no locks, nothing is visible half-way either: the renames see
+        # to that. Staging folders are made under this lock only, so that these have no owner left.
+        for leftover in root.glob(f".{name}~*.part") if held else ():
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _open_lock(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except PermissionError:
-        # Made by another user of a shared folder; a lock can be had on it all the same.
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _lock(descriptor: int, waiting: str, report: Report | None) -> bool:
-    """Whether the file is locked; False on a file system without locks.
-
-    Without them nothing is ever visible half-way either: the renames see to that. Only the
-    removal of leftovers needs the lock.
-    """
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(report, waiting)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

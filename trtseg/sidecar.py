@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -30,6 +29,7 @@ from trtseg.files import (
     sha256_bytes,
     sha256_file,
 )
+from trtseg.packages import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,16 @@ DECISIVE = ("reorient", "ga_weeks", "keep_names")
 STATS_SUFFIXES = (".csv", ".json")
 
 #: Packages whose versions can change a result or a report; those not installed are left out.
-_PACKAGES = ("numpy", "scipy", "nibabel", "openvino", "tensorrt", "pillow")
+_PACKAGES = (
+    "numpy",
+    "scipy",
+    "nibabel",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "pycuda",
+    "pillow",
+)
 
 _CHUNK = 1 << 20
 _PAIR = {".hdr": ".img", ".img": ".hdr"}
@@ -499,7 +508,7 @@ def write_stats(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         text = _as_csv(rows)
     else:
         text = json.dumps(list(rows), indent=2) + "\n"
-    with atomic_write(path) as stream:
+    with atomic_write(path, action="choose another --stats, or make room") as stream:
         # A file name may hold bytes that are no text; they are shown as escapes.
         stream.write(text.encode("utf-8", "backslashreplace"))
 
@@ -507,12 +516,8 @@ def write_stats(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def versions() -> dict[str, str]:
     """Versions of trtseg, Python and the installed packages a result depends on."""
     found = {"trtseg": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = {name: package_version(name) for name in _PACKAGES}
+    return found | {name: version for name, version in packages.items() if version is not None}
 
 
 def _input_digest(source: Path | NDArray[Any], keep_names: bool) -> dict[str, Any]:

@@ -500,7 +500,8 @@ def test_unknown_forms_gpus_and_libraries(build: Build) -> None:
     for options, error in (
         ({"form": "planar"}, UsageError),
         ({"library": "tensorflow"}, UsageError),
-        ({"compute_capabilities": ["6.1"]}, DeviceError),
+        ({"compute_capabilities": ["6.1"]}, UsageError),
+        ({"compute_capabilities": ["abc"]}, UsageError),
     ):
         with pytest.raises(error):
             build(**options)

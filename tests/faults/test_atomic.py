@@ -200,7 +200,6 @@ def test_writers_at_once_sweep_what_was_left_and_nothing_else(tmp_path: Path) ->
 #: Module to how often it writes otherwise, and why that is no half-written result.
 OTHERWISE = {
     "files.py": 1,  # the temporary file of atomic_write
-    "engine.py": 1,  # the lock, which stays empty
     "logs.py": 1,  # the log, to which lines are added
     "models.py": 2,  # downloads and copies into a staging folder, verified and renamed whole
     "cuda/compile.py": 1,  # the compiler's source, in a temporary folder

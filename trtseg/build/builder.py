@@ -67,7 +67,7 @@ def build_models(
         The folder cannot be written.
     """
     say = report or (lambda _: None)
-    with build_lock(root, models.name):
+    with build_lock(root, models.name, say):
         return [_build(models, net, root, force, say) for net in NETWORKS]
 
 

@@ -30,7 +30,12 @@ from trtseg import __version__, tiling
 from trtseg.architecture import NETWORKS
 from trtseg.backends.openvino import OpenVINOBackend
 from trtseg.backends.openvino import version as openvino_version
-from trtseg.backends.tensorrt_library import Messages, installed_libraries, open_library
+from trtseg.backends.tensorrt_library import (
+    LIBRARIES,
+    Messages,
+    installed_libraries,
+    open_library,
+)
 from trtseg.build import graph
 from trtseg.build.forms import check_form, cost, default_form, form_graph
 from trtseg.build.freeze import FrozenNetwork
@@ -93,6 +98,7 @@ _SLACK = 4.0
 _FLOOR = 1e-3
 
 
+#: Least time between two reports of progress: a log of a build of minutes stays short.
 _PROGRESS_SECONDS = 5.0
 
 
@@ -177,7 +183,7 @@ def build_gpu_models(
     opened = open_library(library or _library_for_this_gpu())
     targets = _targets(opened, compute_capabilities)
     plan = _Plan(opened, tuple(sorted(batches)), form, targets, _Kernels(compiler))
-    with build_lock(root, models.name):
+    with build_lock(root, models.name, say):
         return [
             _build(
                 load_engine(root, models.name, net, checkpoint=models.digests(net)),
@@ -255,8 +261,15 @@ def _this_gpu() -> tuple[int, int] | None:
 
 def _targets(library: Library, wanted: Sequence[str]) -> _Targets:
     if library.compiles_without_gpu:
+        known = library.compute_capabilities
         for one in wanted:
-            library.flag("ComputeCapability", _capability_name(one))
+            if one not in known:
+                raise UsageError(
+                    f"compute capability {one} with {library.name} {library.version}",
+                    expected=", ".join(known),
+                    action=f"choose one of them, or for other GPUs: {LIBRARIES['tensorrt']}, and "
+                    "--library tensorrt on the machine with the GPU",
+                )
         here = _this_gpu()
         turing = here is not None and capability_text(here) == TURING
         named = tuple(wanted) or ((TURING,) if turing else ())
