@@ -1071,7 +1071,7 @@ def test_mask_with_nan(tmp_path):
 
 def test_mask_of_several_volumes(tmp_path):
     path = write_mask(tmp_path / "m.nii", np.ones((*SHAPE, 2), np.uint8))
-    with pytest.raises(InputError, match="4-D file of 2 volumes"):
+    with pytest.raises(InputError, match="4-D with 2 volumes"):
         nifti.read_mask(path, geometry(), SHAPE)
 
 
@@ -1359,3 +1359,37 @@ def test_places_that_cannot_be_written(tmp_path):
 )
 def test_volume_stem(name, stem):
     assert nifti.volume_stem(Path("folder.nii") / name) == stem
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("a.nii", ["a.nii"]),
+        ("a.nii.gz", ["a.nii.gz"]),
+        ("a", ["a"]),
+        ("a.hdr", ["a.hdr", "a.img"]),
+        ("a.img", ["a.hdr", "a.img"]),
+        ("a.b.IMG", ["a.b.HDR", "a.b.IMG"]),
+    ],
+)
+def test_files_of_a_volume(name, files):
+    found = nifti.volume_files(Path("folder") / name)
+    assert found == tuple(Path("folder") / file for file in files)
+
+
+def test_check_files_names_the_one_that_is_missing(tmp_path):
+    (tmp_path / "a.hdr").touch()
+    (tmp_path / "b.img").touch()
+    (tmp_path / "c.hdr").touch()
+    (tmp_path / "c.img").mkdir()
+    for name, said in [
+        ("a.hdr", r"a\.img: No such file"),
+        ("a.img", r"a\.img: No such file"),
+        ("b.img", r"b\.hdr: No such file"),
+        ("c.hdr", r"c\.img: a folder"),
+        ("d.nii.gz", r"d\.nii\.gz: No such file"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            nifti.check_files(tmp_path / name)
+    (tmp_path / "a.img").touch()
+    nifti.check_files(tmp_path / "a.hdr")

@@ -218,6 +218,12 @@ def test_a_touch_of_a_thousandth_is_let_pass(touching, verdict):
     assert f"(left {touching} voxels)" in check.line
 
 
+def test_the_border_is_one_voxel_deep():
+    brain = np.zeros((8, 8, 8), np.uint8)
+    brain[1:-1, 1:-1, 1:-1] = 1
+    assert qc.assess(brain, brain, geometry()).check("border").value == 0
+
+
 def test_a_mask_of_one_slice_lies_on_the_border():
     brain = np.ones((1, 8, 8), np.uint8)
     check = qc.assess(brain, brain, geometry()).check("border")
@@ -329,6 +335,7 @@ def test_the_table_holds_together():
     [
         ((0.8, 0.8, 0.8), 1.0, "ok"),
         ((0.8, 1.2, 0.8), 1.5, "ok"),
+        (tuple(np.float32([0.8, 0.8, 1.2]).astype(float)), 1.5, "ok"),  # as a file has it
         ((1.0, 1.0, 1.6), 1.6, "suspect"),
         ((4.0, 1.25, 1.25), 3.2, "suspect"),
     ],
@@ -367,6 +374,11 @@ def test_the_ages_the_networks_were_developed_on(ga_weeks, verdict):
 def test_an_age_no_fetus_has(ga_weeks):
     with pytest.raises(UsageError, match="18 to 45 weeks"):
         assess(ga_weeks=ga_weeks)
+
+
+def test_an_age_of_one_week():
+    with pytest.raises(UsageError, match=r"of 1 week; .* 27\.4, or as weeks\+days, such as 27\+3"):
+        qc.check_ga(1)
 
 
 @pytest.mark.parametrize("ga_weeks", [18, 45])

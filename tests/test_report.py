@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from trtseg import qc, report, sidecar
 from trtseg.engine import Engine
 from trtseg.errors import OutputError
-from trtseg.nifti import scan_from_array
+from trtseg.nifti import geometry_of_affine, scan_from_array
 from trtseg.scan import Geometry, Scan
 
 BLUE, ORANGE = (86, 180, 233), (230, 159, 0)
@@ -67,7 +67,8 @@ def stored_affine(axes: tuple[int, ...], flips: tuple[bool, ...]) -> np.ndarray:
 
 
 def geometry(affine: np.ndarray | None = None, **header: int) -> Geometry:
-    return Geometry(np.eye(4) if affine is None else affine, {"sform_code": 2, **header})
+    found = geometry_of_affine(np.eye(4) if affine is None else affine)
+    return Geometry(found.affine, {**found.header, "sform_code": 2, **header})
 
 
 def draw(*arrays: np.ndarray, affine: np.ndarray | None = None, **options: Any) -> report.Picture:
@@ -217,7 +218,7 @@ def test_an_oblique_scan_says_so_and_keeps_its_sides(small):
 
 
 def test_a_header_without_orientation_leaves_the_sides_in_doubt():
-    unknown = Geometry(np.eye(4), {"qform_code": 0, "sform_code": 0})
+    unknown = geometry(qform_code=0, sform_code=0)
     picture = report.draw(*head(), unknown, title="Scan")
     assert planes(picture, "Axial")[0].marks == ("R?", "L?", "A?", "P?")
     assert "guess" in report._sides_said(unknown)

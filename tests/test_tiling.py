@@ -371,6 +371,70 @@ def test_every_voxel_has_an_owner(spec, shape):
     assert owners(shape, spec).min() >= 0
 
 
+# Blocks of tiles
+
+
+def blocks(plan: tiling.TilePlan, max_voxels: int) -> list[tuple[list[int], list[list[int]]]]:
+    found = tiling.group_tiles(plan, np.arange(len(plan)), max_voxels=max_voxels)
+    return [(block.tiles.tolist(), block.region.tolist()) for block in found]
+
+
+@pytest.mark.parametrize(
+    ("max_voxels", "expected"),
+    [
+        (87 * 841, [([0, 1, 2], [0, 87])]),
+        (87 * 841 - 1, [([0], [0, 29]), ([1, 2], [29, 87])]),
+        (58 * 841, [([0], [0, 29]), ([1, 2], [29, 87])]),
+        (58 * 841 - 1, [([0], [0, 29]), ([1], [29, 58]), ([2], [58, 87])]),
+        (1, [([0], [0, 29]), ([1], [29, 58]), ([2], [58, 87])]),
+    ],
+)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_block_that_is_too_large_is_halved(max_voxels, expected, axis):
+    shape, other = [29, 29, 29], [[0, 29]] * 3
+    shape[axis] = 87
+    plan = tiling.plan_tiles(tuple(shape), PUBLISHED)
+    wanted = [(tiles, [*other[:axis], span, *other[axis + 1 :]]) for tiles, span in expected]
+    assert blocks(plan, max_voxels) == wanted
+
+
+def test_a_block_is_halved_along_its_longest_axis():
+    # Tiles start at 0, 29 and 58, and at 0 and 16: what lies beyond 16 is the second one's.
+    plan = tiling.plan_tiles((87, 45, 29), PUBLISHED)
+    assert blocks(plan, 58 * 45 * 29) == [
+        ([0, 3], [[0, 29], [0, 45], [0, 29]]),
+        ([1, 2, 4, 5], [[29, 87], [0, 45], [0, 29]]),
+    ]
+    # One more voxel than a box on each side, for the first FC layer's kernel, within the tile.
+    assert blocks(plan, 1)[:2] == [
+        ([0], [[0, 29], [0, 17], [0, 29]]),
+        ([3], [[0, 29], [16, 45], [0, 29]]),
+    ]
+
+
+def test_a_block_is_no_larger_than_its_boxes_need():
+    roi = np.zeros((87, 29, 29), bool)
+    roi[40:44, 5, 7:9] = True
+    plan = tiling.plan_tiles(roi.shape, PUBLISHED, roi)
+    assert blocks(plan, 1) == [([0], [[39, 45], [4, 7], [6, 10]])]
+    assert list(tiling.group_tiles(plan, np.arange(0), max_voxels=1)) == []
+
+
+@given(spec=specs(), shape=shapes, max_voxels=st.integers(1, 5000), seed=st.integers(0, 9))
+@FEW
+def test_blocks_hold_every_tile_once_and_no_more_voxels_than_asked(spec, shape, max_voxels, seed):
+    roi = np.random.default_rng(seed).random(shape) < 0.1
+    plan = tiling.plan_tiles(shape, spec, roi)
+    found = list(tiling.group_tiles(plan, np.arange(len(plan)), max_voxels=max_voxels))
+    tiles = [tile for block in found for tile in block.tiles]
+    assert sorted(tiles) == list(range(len(plan)))
+    for block in found:
+        low, high = block.region.T
+        assert len(block.tiles) == 1 or np.prod(high - low) <= max_voxels
+        assert (plan.boxes[block.tiles, :, 0] >= low).all()
+        assert (plan.boxes[block.tiles, :, 1] <= high).all()
+
+
 # Round trip: padding, gathering and stitching undo each other
 
 

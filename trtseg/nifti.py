@@ -74,8 +74,12 @@ SHEAR_TOLERANCE_DEGREES = 0.1
 #: state the voxel size they were trained at.
 VOXEL_SIZES_MM = (0.5, 1.2)
 
-#: Longest side of a voxel over its shortest that gives no warning.
+#: Longest side of a voxel over its shortest that passes. The networks were developed on
+#: reconstructions with equal sides; stacks of thick slices have ratios of 3 and more.
 MAX_ANISOTROPY = 1.5
+
+#: What a side may be off by: float32 holds 1.2 as 1.2000000477.
+_ROUNDING_MM = 1e-3
 
 #: Bytes after the last voxel that give no warning: so many fill a file up to a multiple of 16, the
 #: unit that the NIfTI-1 standard recommends for `vox_offset`. A wrong size in a header hides a row
@@ -158,7 +162,7 @@ def read_scan(path: Path) -> Scan:
     return scan
 
 
-def scan_from_image(image: Any) -> Scan:
+def scan_from_image(image: Any, *, name: str = "image in memory") -> Scan:
     """Take a scan from a nibabel image in memory, as `read_scan` takes it from a file.
 
     Parameters
@@ -167,6 +171,8 @@ def scan_from_image(image: Any) -> Scan:
         An image of any format nibabel reads, with an affine in mm. A NIfTI image keeps its header
         fields where they agree with its affine (nibabel's own rule on saving); for all others the
         geometry is that of `scan_from_array`.
+    name : str
+        What an error is said to be about.
 
     Returns
     -------
@@ -181,7 +187,6 @@ def scan_from_image(image: Any) -> Scan:
     from nibabel.nifti1 import Nifti1Header
     from nibabel.spatialimages import SpatialImage
 
-    name = "image in memory"
     if not isinstance(image, SpatialImage) or image.affine is None:
         raise InputError(
             f"{name}: {type(image).__name__}"
@@ -342,13 +347,44 @@ def read_mask(path: Path, like: Geometry, shape: tuple[int, int, int]) -> NDArra
         one of the array's eight corner voxels more than 0.1 mm off the scan's.
     """
     scan, volumes = _read(path)
+    return _mask_on_grid(str(path), scan, volumes, like, shape)
+
+
+def mask_from_image(image: Any, like: Geometry, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """A brain mask in a nibabel image, which must lie where `read_mask` wants a file's to.
+
+    Parameters
+    ----------
+    image : nibabel image
+    like : Geometry
+        Geometry of the scan.
+    shape : tuple of int
+        Shape (i, j, k) of the scan.
+
+    Returns
+    -------
+    ndarray of bool, shape (i, j, k)
+        True where the value is above 0.5.
+
+    Raises
+    ------
+    InputError
+        As for `scan_from_image` and `read_mask`.
+    """
+    scan = scan_from_image(image, name="mask")
+    return _mask_on_grid("mask", scan, math.prod(image.shape[3:]), like, shape)
+
+
+def _mask_on_grid(
+    name: str, scan: Scan, volumes: int, like: Geometry, shape: tuple[int, int, int]
+) -> NDArray[np.bool_]:
     if volumes > 1:
-        raise InputError(f"{path}: a 4-D file of {volumes} volumes", expected="one 3-D mask")
-    mask = _mask(str(path), scan.data, shape)
+        raise InputError(f"{name}: 4-D with {volumes} volumes", expected="one 3-D mask")
+    mask = _mask(name, scan.data, shape)
     distance = _corner_distance(scan.geometry.affine, like.affine, shape)
     if not distance <= MASK_TOLERANCE_MM:
         raise InputError(
-            f"{path}: a mask whose corner voxels lie up to {distance:.3g} mm off the scan's",
+            f"{name}: a mask whose corner voxels lie up to {distance:.3g} mm off the scan's",
             expected=f"the scan's own voxel grid, within {MASK_TOLERANCE_MM} mm",
             action="resample the mask onto the scan",
         )
@@ -438,6 +474,33 @@ def volume_stem(path: Path) -> str:
     return path.name[: len(path.name) - len(_suffix(path))]
 
 
+def volume_files(path: Path) -> tuple[Path, ...]:
+    """The file itself, or header and image of the .hdr/.img pair that it is one of."""
+    suffix = _suffix(path)
+    if suffix not in _PAIR:
+        return (path,)
+    other = path.with_suffix(_PAIR[suffix].upper() if path.suffix.isupper() else _PAIR[suffix])
+    return (path, other) if suffix == ".hdr" else (other, path)
+
+
+def check_files(path: Path) -> None:
+    """Refuse a scan or mask of which a file is not there, by the name of that file.
+
+    Parameters
+    ----------
+    path : Path
+        As for `read_scan`.
+
+    Raises
+    ------
+    InputError
+        The file, or one of its pair, is missing, not readable or not a regular file.
+    """
+    for file in volume_files(path):
+        with _open(file):
+            pass
+
+
 def _suffix(path: Path) -> str:
     """The volume suffix of a name, in lower case; empty where it has none."""
     name = path.name.lower()
@@ -459,17 +522,13 @@ def _read(path: Path) -> tuple[Scan, int]:
 
 
 def _header_and_data(path: Path) -> tuple[Path, Path]:
-    suffix = _suffix(path)
-    if not suffix:
+    if not _suffix(path):
         raise InputError(
             f"{path}: a name without a NIfTI suffix",
             expected="a name ending in .nii, .nii.gz, .hdr or .img",
         )
-    if suffix not in _PAIR:
-        return path, path
-    upper = path.suffix.isupper()
-    other = path.with_suffix(_PAIR[suffix].upper() if upper else _PAIR[suffix])
-    return (path, other) if suffix == ".hdr" else (other, path)
+    files = volume_files(path)
+    return files[0], files[-1]
 
 
 @contextlib.contextmanager
@@ -811,13 +870,18 @@ def _shear_warnings(affine: NDArray[np.float64]) -> tuple[str, ...]:
     )
 
 
+def sides_alike(sizes: ArrayLike) -> bool:
+    """Whether no voxel side in mm is over `MAX_ANISOTROPY` times another, but for rounding."""
+    low, high = np.min(sizes) + _ROUNDING_MM, np.max(sizes) - _ROUNDING_MM
+    return bool(high <= MAX_ANISOTROPY * low)
+
+
 def _voxel_warnings(affine: NDArray[np.float64]) -> tuple[str, ...]:
     with np.errstate(all="ignore"):
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
-        # A micrometre is rounding: float32 holds 1.2 as 1.2000000477.
-        low, high = sizes.min() + 1e-3, sizes.max() - 1e-3
+        low, high = sizes.min() + _ROUNDING_MM, sizes.max() - _ROUNDING_MM
     smallest, largest = VOXEL_SIZES_MM
-    if low >= smallest and high <= largest and high <= MAX_ANISOTROPY * low:
+    if low >= smallest and high <= largest and sides_alike(sizes):
         return ()
     return (
         f"voxels of {' x '.join(f'{size:.3g}' for size in sizes)} mm, expected sides of "

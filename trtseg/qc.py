@@ -7,7 +7,6 @@ not judged.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trtseg.errors import InputError, UsageError
+from trtseg.nifti import MAX_ANISOTROPY, closest_axes, sides_alike
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,10 +36,6 @@ LARGEST_SHARE = 0.95
 #: Largest share of the brain's voxels that may lie on the border of the field of view: a touch of
 #: a thousandth costs next to no volume, more means that the scan may cut the brain.
 BORDER_SHARE = 0.001
-
-#: Largest ratio of the longest to the shortest side of a voxel. The networks were developed on
-#: reconstructions with equal sides; stacks of thick slices have ratios of 3 and more.
-ANISOTROPY = 1.5
 
 #: Factor that published mean volumes are divided and multiplied by. It is wide on purpose: it looks
 #: for failed segmentations, not for unusual fetuses, and published means differ with scanner and
@@ -236,9 +232,9 @@ def check_ga(ga_weeks: float) -> None:
     low, high = GA_RANGE
     if not low <= ga_weeks <= high:  # also refuses NaN
         raise UsageError(
-            f"a gestational age of {ga_weeks:g} weeks",
+            f"a gestational age of {ga_weeks:g} {'week' if ga_weeks == 1 else 'weeks'}",
             expected=f"{low:g} to {high:g} weeks",
-            action="give it in weeks, such as 27.4 for 27 weeks and 3 days",
+            action="give it as decimal weeks, such as 27.4, or as weeks+days, such as 27+3",
         )
 
 
@@ -262,18 +258,16 @@ def canonical_axes(
     -------
     tuple of (int, int)
         For x, y and z: the array axis, and 1 where its index grows with the coordinate, else -1.
-        Of the six assignments the one with the largest sum of absolute direction cosines.
+
+    Raises
+    ------
+    InputError
+        As for `trtseg.nifti.closest_axes`.
     """
-    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    x, y, z = max(
-        itertools.permutations(range(3)),
-        key=lambda axes: sum(abs(cosines[world, axis]) for world, axis in enumerate(axes)),
-    )
-
-    def sign(world: int, axis: int) -> int:
-        return 1 if cosines[world, axis] > 0 else -1
-
-    return ((x, sign(0, x)), (y, sign(1, y)), (z, sign(2, z)))
+    closest = closest_axes(affine)
+    axes = np.argsort(closest[:, 0])
+    x, y, z = ((int(axis), int(closest[axis, 1])) for axis in axes)
+    return (x, y, z)
 
 
 def _check_arrays(brain: NDArray[Any], cortex: NDArray[Any]) -> None:
@@ -509,7 +503,7 @@ def _cortex_fraction(cortex_ml: float, brain_ml: float) -> Check:
 def _voxels(geometry: Geometry) -> tuple[Check, Check]:
     sides = voxel_sizes(geometry.affine)
     ratio = max(sides) / min(sides)
-    ok = ratio <= ANISOTROPY
+    ok = sides_alike(sides)
     shown = " x ".join(f"{side:.2f}" for side in sides)
     size = Check(
         name="voxel_size",
@@ -529,7 +523,7 @@ def _voxels(geometry: Geometry) -> tuple[Check, Check]:
         value=float(ratio),
         unit="",
         verdict="ok" if ok else "suspect",
-        expected=f"at most {ANISOTROPY:g}",
+        expected=f"at most {MAX_ANISOTROPY:g}",
         source=f"{_OWN}; the project's fetal scans are reconstructions with voxels of equal sides "
         "(Uus et al., multi-channel spatio-temporal MRI atlas of normal fetal brain development)",
         line="The sides of a voxel are about equal, as in the scans the networks were developed on."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtseg.files import atomic_write
+from trtseg.nifti import has_orientation
 from trtseg.qc import Check, brain_box, canonical_axes, voxel_sizes
 from trtseg.sidecar import BRAIN_COLOR, CORTEX_COLOR, NOT_A_DEVICE, scan_name
 
@@ -333,7 +334,7 @@ def _panel(
     box: tuple[int, int, int, int],
     geometry: Geometry,
 ) -> Panel:
-    doubt = "" if _sides_known(geometry) else "?"
+    doubt = "" if has_orientation(geometry) else "?"
     marks = tuple(mark + doubt for mark in (plane.left, plane.right, plane.top, plane.bottom))
     left, right, top, bottom = marks
     return Panel(
@@ -343,11 +344,6 @@ def _panel(
         *box,
         marks=(left, right, top, bottom),
     )
-
-
-def _sides_known(geometry: Geometry) -> bool:
-    """Whether the header codes an orientation at all."""
-    return any(int(geometry.header.get(code, 0)) for code in ("qform_code", "sform_code"))
 
 
 def _draw_marks(pen: ImageDraw, panel: Panel) -> None:
@@ -403,7 +399,7 @@ def _draw_head(
 
 
 def _sides_said(geometry: Geometry) -> str:
-    if _sides_known(geometry):
+    if has_orientation(geometry):
         return " Sides are those of the scan's header."
     return " The header codes no orientation: the sides are a guess."
 
