@@ -23,6 +23,8 @@ from tests.test_chains import compiled
 from trtseg import __version__, batch
 from trtseg.chains import load_engines, load_gpu_engines
 from trtseg.cli import app, main
+from trtseg.errors import OutputError
+from trtseg.home import checkpoints_root
 from trtseg.qc import Qc
 
 CASE = GOLDEN / "chain_random11" / "scan.nii.gz"
@@ -181,10 +183,21 @@ def test_a_mask_is_written_as_the_brain(segment, tmp_path: Path) -> None:
         (["a.nii.gz", "--models", "nothing"], 3, "nothing"),
         (["a.nii.gz", "--threads", "0"], 2, "threads"),
         (["a.nii.gz", "--ga", "12"], 2, "18 to 45 weeks"),
-        (["a.nii.gz", "--ga", "nan"], 2, "18 to 45 weeks"),
+        (["a.nii.gz", "--ga", "1"], 2, "age of 1 week; expected 18 to 45 weeks"),
+        (["a.nii.gz", "--ga", "nan"], 2, "--ga nan; expected 18 to 45 weeks"),
+        (["a.nii.gz", "--ga", "27+7"], 2, "as 27.4 (decimal) or 27+3 (weeks+days"),
+        (["a.nii.gz", "--ga", "27,4"], 2, "--ga 27,4; expected 18 to 45 weeks"),
+        (["a.nii.gz", "--ga", "45+1"], 2, "age of 45.1429 weeks"),
         (["a.nii.gz", "--stats", "table.xls"], 2, ".csv or .json"),
         (["a.nii.gz", "--stats", "a_trtseg.json"], 2, "would both write"),
-        (["a.nii.gz", "--stats", "a.nii.gz/below.csv"], 5, "a.nii.gz"),
+        (["a.nii.gz", "--stats", "a.nii.gz/below.csv"], 5, "choose another --stats"),
+        ([""], 2, "an empty name after "),
+        (["a.nii.gz", "--mask", ""], 2, "an empty name after --mask"),
+        (["a.nii.gz", "--mask="], 2, "an empty name after --mask"),
+        (["a.nii.gz", "-o", ""], 2, "an empty name after -o"),
+        (["a.nii.gz", "--stats", ""], 2, "an empty name after --stats"),
+        (["a.nii.gz", "--log-file", ""], 2, "an empty name after --log-file"),
+        (["a.nii.gz", "--engines", ""], 2, "an empty name after --engines"),
         (["a.nii.gz", "--log-file", "a.nii.gz"], 2, "overwrite"),
         (["a.nii.gz", "--log-file", "c.nii.gz"], 2, "text file"),
         (["a.nii.gz", "--log-file", "."], 5, "directory"),
@@ -203,6 +216,75 @@ def test_bad_arguments_end_in_one_line(
     assert done.exit_code == code, done.output
     assert says in done.stderr
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", ""),
+        ("bench", "a.nii.gz", "--json", ""),
+        ("bids", "", "out", "participant"),
+        ("bids", "in", "", "participant"),
+        ("engines", "build", "--out", ""),
+        ("engines", "list", "--engines="),
+        ("models", "import", ""),
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: an empty name after ")
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--stats", "file/s.csv"), ("-o", "file/below"), ("-o", "file/below/cortex.nii")],
+)
+def test_what_cannot_be_written_is_found_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch, option: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    done = run("segment", small_scan(tmp_path / "a.nii"), "--models", "none", option, name)
+    assert done.exit_code == 5, done.output
+    assert f"choose another {option}\n" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["file/x.json", "folder"])
+def test_a_benchmark_that_cannot_be_written_does_not_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    done = run("bench", "a.nii", "--models", "none", "--json", tmp_path / name)
+    assert done.exit_code == 5, done.output
+    assert done.stderr.endswith("choose another --json\n")
+
+
+def test_what_is_complete_needs_no_writing(segment, tmp_path: Path, monkeypatch) -> None:
+    asked = (small_scan(tmp_path / "a.nii"), "-o", tmp_path / "out")
+    assert segment(*asked).exit_code == 6
+
+    def refuse(path, option):
+        raise OutputError(f"{option} {path}")
+
+    monkeypatch.setattr("trtseg.files.check_writable", refuse)
+    assert segment(*asked).exit_code == 5
+    assert segment(*asked, "--resume").exit_code == 6
+
+
+def test_typer_asks_of_no_scan_whether_it_can_be_read(segment, tmp_path: Path, monkeypatch) -> None:
+    scan = small_scan(tmp_path / "a.nii")
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    done = segment(scan, "--mask", scan, "-o", tmp_path / "out")
+    assert done.exit_code == 6, done.output
+
+
+def test_weeks_and_days(segment, tmp_path: Path) -> None:
+    scan = small_scan(tmp_path / "a.nii")
+    for given, weeks in (("27+3", 27.428571428571427), ("27.4", 27.4), ("30", 30.0)):
+        done = segment(scan, "--ga", given)
+        assert done.exit_code == 6, done.output
+        sidecar = json.loads((tmp_path / "a_trtseg.json").read_text("utf-8"))
+        assert sidecar["options"]["ga_weeks"] == weeks
 
 
 def test_no_published_weights(tmp_path: Path) -> None:
@@ -238,13 +320,33 @@ def test_engines_commands(engines_root: Path, tmp_path: Path) -> None:
     assert "nothing is built" in run("engines", "list").stdout
 
 
+def test_engines_verify_looks_at_all_that_is_built(engines_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "engines"
+    shutil.copytree(engines_root, root)
+    done = run("engines", "verify", "--engines", root)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        f"{net.upper()}: intact  {root / name / net}"
+        for name in ("demo", "random11")
+        for net in ("bdn", "cgm")
+    ]
+    (root / "demo" / "bdn" / "weights.npz").write_bytes(b"other")
+    done = run("engines", "verify", "--engines", root)
+    assert done.exit_code == 3
+    assert "weights.npz" in done.stderr
+    assert str(root / "random11" / "cgm") in done.stdout
+    empty = run("engines", "verify", "--engines", tmp_path / "empty")
+    assert empty.exit_code == 3
+    assert "nothing is built" in empty.stderr
+
+
 def test_models_commands(tmp_path: Path) -> None:
     listed = run("models", "list")
     assert NOTICE in listed.stdout
     assert "trtseg models pull" in listed.stdout
     verified = run("models", "verify")
     assert verified.exit_code == 0
-    assert verified.stdout.count("demo") == 4
+    assert [line.split()[:2] for line in verified.stdout.splitlines()] == [["intact", "demo"]] * 4
     refused = run("models", "import", tmp_path)
     assert refused.exit_code == 3
     assert "bdn.model.ckpt.index" in refused.stderr
@@ -255,6 +357,12 @@ def test_models_commands(tmp_path: Path) -> None:
     assert imported.exit_code == 0, imported.output
     assert "trtseg engines build --models own" in imported.stdout
     assert run("models", "verify", "--models", "own").exit_code == 0
+    index = checkpoints_root() / "own" / "cgm.model.ckpt.index"
+    index.write_bytes(b"other")
+    damaged = run("models", "verify")
+    assert damaged.exit_code == 3
+    [line] = [one for one in damaged.stdout.splitlines() if not one.startswith("intact  ")]
+    assert line.startswith("DAMAGED  own  cgm.model.ckpt.index  SHA-256 d9298a10d1b07358")
 
 
 def test_pull_without_a_network_says_how_to_go_on(tmp_path: Path) -> None:
@@ -269,6 +377,49 @@ def test_version_and_help() -> None:
     assert run("--version").stdout.strip() == f"trtseg {__version__}"
     assert "segment" in run("--help").stdout
     assert "--mask" in run("segment", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), ("segment",), ("bids",), ("bench",), ("info",), ("engines", "build"), ("models", "pull")],
+)
+def test_help_shows_no_value_after_a_flag(command: tuple[str, ...], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run(*command, "--help").stdout
+    assert "Show this message" in shown
+    assert "bool" not in shown.lower()
+    assert "SCAN..." not in shown
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["models", "list"], ["info", "--json"]])
+def test_stdout_that_is_full(arguments: list[str]) -> None:
+    code = "import sys, trtseg.cli; trtseg.cli.main(sys.argv[1:])"
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 5
+    assert done.stderr == (
+        "error: stdout: No space left on device; expected room for what is printed; send it "
+        "elsewhere, or make room\n"
+    )
+
+
+def test_a_reader_that_has_had_enough() -> None:
+    code = "import sys, trtseg.cli; trtseg.cli.main(sys.argv[1:])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "models", "list"],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.stderr == ""
 
 
 def test_main_exits_with_the_commands_code() -> None:
@@ -389,6 +540,20 @@ def test_an_interrupted_batch_keeps_its_table(segment, tmp_path: Path, monkeypat
     assert "interrupted" in done.stderr
     assert [row["status"] for row in json.loads(table.read_text("utf-8"))] == ["suspect"]
     assert log.read_text("utf-8").endswith("ERROR interrupted\n")
+
+
+def test_a_batch_whose_output_is_full_keeps_its_table(segment, tmp_path: Path, monkeypatch) -> None:
+    def full(text, *, err):
+        if not err:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("typer.echo", full)
+    scans = [small_scan(tmp_path / name) for name in ("a.nii", "b.nii")]
+    table, log = tmp_path / "all.json", tmp_path / "a.log"
+    done = segment(*scans, "--stats", table, "--log-file", log)
+    assert done.exit_code == 5
+    assert [row["status"] for row in json.loads(table.read_text("utf-8"))] == ["suspect"]
+    assert log.read_text("utf-8").endswith("ERROR ended: OutputError, exit code 5\n")
 
 
 def test_a_log_of_what_fails_before_the_first_scan(tmp_path: Path) -> None:
@@ -552,8 +717,8 @@ def test_engines_verify_looks_at_what_is_compiled(compiled_root: Path) -> None:
     ("options", "said"),
     [
         (("--device", "auto"), "device 'auto'; expected cpu or cuda"),
-        (("--batch", "4"), "an option for GPUs without --device cuda"),
-        (("--force",), "an option for GPUs without --device cuda"),
+        (("--batch", "4"), "--batch without --device cuda"),
+        (("--force", "--form", "plain"), "--form, --force without --device cuda"),
         (("--device", "cuda", "--library", "cudnn"), "library 'cudnn'; expected tensorrt_rtx or"),
         (("--device", "cuda", "--form", "fast"), "graph form 'fast'; expected plain or"),
     ],

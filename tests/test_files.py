@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -344,6 +345,53 @@ def test_make_folder_where_a_file_is(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=f"{name}: .*choose another folder"):
         files.make_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "old.csv", "new/folder/a.csv"])
+def test_what_can_be_written_leaves_no_trace(tmp_path, monkeypatch, name):
+    (tmp_path / "old.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    files.check_writable(Path(name), "--stats")
+    files.check_writable(tmp_path / name, "--stats")
+    assert names(tmp_path) == ["old.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file/a.csv", "file: Not a directory; expected a folder in which a.csv can be written"),
+        ("file/below/a.csv", "file: Not a directory"),
+        ("link/a.csv", "link: No such file or directory"),
+        ("folder", "folder: Is a directory"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, name, said):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OutputError, match=f"{said}.*; choose another --stats$"):
+        files.check_writable(tmp_path / name, "--stats")
+
+
+def test_a_folder_in_which_nothing_can_be_written(tmp_path, monkeypatch):
+    def refuse(*, dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match=f"{tmp_path}: Permission denied"):
+        files.check_writable(tmp_path / "a.csv", "--stats")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "another output folder with -o"),
+        ({"action": "choose another --json"}, "another --json"),
+    ],
+)
+def test_what_to_do_where_it_cannot_be_written(tmp_path, options, said):
+    with pytest.raises(OutputError, match=said):
+        files.atomic_write_json(tmp_path / "gone" / "a.json", {}, **options)
 
 
 def test_sha256(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from trtseg import screen
 from trtseg.batch import Outcome
+from trtseg.errors import OutputError
 from trtseg.output import plan_outputs
 from trtseg.pipeline import EMPTY_BRAIN
 
@@ -128,6 +129,41 @@ def test_a_terminal_of_few_letters(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     screen.say("Größe")
     assert stream.buffer.getvalue() == b"Gr\\xf6\\xdfe\n"  # type: ignore[attr-defined]
+
+
+class Broken(io.StringIO):
+    """A stream that fails as one does whose disk is full, or whose reader has gone."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+def test_a_stdout_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="stdout: No space left on device; expected room"):
+        screen.say("a")
+
+
+def test_a_stderr_that_cannot_be_written_ends_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Broken(OSError(28, "No space left on device")))
+    screen.say_error("a")
+    screen.say("b")
+    assert capsys.readouterr().out == "b\n"
+
+
+def test_a_reader_that_has_had_enough(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(BrokenPipeError):
+        screen.say("a")
+
+
+def test_no_stdout_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    screen.say("a")
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -33,7 +33,7 @@ from trtseg.options import (
     ResumeOption,
     ThreadsOption,
 )
-from trtseg.steps import command, end, log_start, open_segmenter
+from trtseg.steps import Group, end, log_start, open_segmenter
 
 if TYPE_CHECKING:
     from trtseg.batch import Options, Outcome
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="trtseg",
+    cls=Group,
     help="Fetal-brain cortex segmentation from 3-D T2w MRI.",
     no_args_is_help=True,
     add_completion=False,
@@ -86,16 +87,16 @@ def _root(
     pass
 
 
-app.command("bids", cls=LabelsCommand)(command(bids))
+app.command("bids", cls=LabelsCommand)(bids)
 
 
 @app.command()
-@command
 def segment(
     scans: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SCAN...",
+            metavar="SCAN",
+            readable=False,
             help="T2w scans, .nii or .nii.gz; folders of them; patterns in quotes.",
         ),
     ],
@@ -105,6 +106,7 @@ def segment(
             "-o",
             "--out",
             metavar="OUT",
+            readable=False,
             help="A folder, or for one scan the cortex map's name (.nii, .nii.gz); "
             "default: beside each scan.",
             show_default=False,
@@ -117,6 +119,7 @@ def segment(
         typer.Option(
             "--mask",
             metavar="BRAIN",
+            readable=False,
             help="A brain mask on the scan's grid that takes the brain network's place.",
             show_default=False,
         ),
@@ -128,6 +131,7 @@ def segment(
         typer.Option(
             "--stats",
             metavar="FILE",
+            readable=False,
             help="Write a table across scans, .csv or .json.",
             show_default=False,
         ),
@@ -199,6 +203,7 @@ def _plan(
     from trtseg.backends import check_device
     from trtseg.batch import find_scans
     from trtseg.errors import UsageError
+    from trtseg.files import check_writable
     from trtseg.output import plan_outputs
     from trtseg.qc import check_ga
     from trtseg.sidecar import check_stats_path
@@ -226,6 +231,10 @@ def _plan(
         report=options.report,
         others={"--stats": stats, "--log-file": log_file},
     )
+    if stats is not None:
+        check_writable(stats, "--stats")
+    if out is not None and not options.resume:  # what is complete already needs no writing
+        check_writable(plans[0].cortex, "-o")
     return list(zip(found.scans, plans, strict=True))
 
 
@@ -250,8 +259,8 @@ def _segment_all(
                 outcome = process(segmenter, reading, options, progress=progress)
             outcomes.append(outcome)
             screen.say_outcome(outcome, quiet=quiet)
-    except KeyboardInterrupt:
-        with contextlib.suppress(OutputError):  # the interrupt is the worse of the two
+    except (KeyboardInterrupt, OutputError, BrokenPipeError):  # the last two: of what is printed
+        with contextlib.suppress(OutputError):  # what stopped the batch is the worse of the two
             _write_stats(stats, outcomes, options)
         raise
     _write_stats(stats, outcomes, options)
@@ -267,9 +276,11 @@ def _write_stats(stats: Path | None, outcomes: list[Outcome], options: Options) 
 
 
 @app.command()
-@command
 def bench(
-    scan: Annotated[Path, typer.Argument(metavar="SCAN", help="A T2w scan, .nii or .nii.gz.")],
+    scan: Annotated[
+        Path,
+        typer.Argument(metavar="SCAN", readable=False, help="A T2w scan, .nii or .nii.gz."),
+    ],
     runs: Annotated[
         int, typer.Option("--runs", min=1, metavar="N", help="Warm runs; one more comes before.")
     ] = 10,
@@ -281,7 +292,11 @@ def bench(
     as_json: Annotated[
         Path | None,
         typer.Option(
-            "--json", metavar="FILE", help="Write all figures to this file.", show_default=False
+            "--json",
+            metavar="FILE",
+            readable=False,
+            help="Write all figures to this file.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -291,9 +306,11 @@ def bench(
     matrix product or convolution and one large copy, timed in the same run.
     """
     from trtseg import bench as library
-    from trtseg.files import atomic_write_json
+    from trtseg.files import atomic_write_json, check_writable, make_folder
     from trtseg.pipeline import Segmenter
 
+    if as_json is not None:
+        check_writable(as_json, "--json")
     load = functools.partial(
         Segmenter, models, engines=engines, device=device, threads=threads, precision=precision
     )
@@ -307,11 +324,11 @@ def bench(
     for line in library.lines(report):
         screen.say(line)
     if as_json is not None:
-        atomic_write_json(as_json, report)
+        make_folder(as_json.parent)
+        atomic_write_json(as_json, report, action="choose another --json, or make room")
 
 
 @app.command()
-@command
 def info(
     engines: EnginesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -321,7 +338,7 @@ def info(
 
     found = gather(engines)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        screen.say_as_is(json.dumps(found, indent=2))
     else:
         for line in lines(found):
             screen.say(line)

@@ -8,16 +8,20 @@ from typing import Annotated
 import typer
 
 from trtseg import screen
-from trtseg.errors import TrtsegError, UsageError
+from trtseg.errors import (
+    EngineMissingError,
+    TrtsegError,
+    UsageError,
+    worst_exit_code,
+)
 from trtseg.logs import log_to
-from trtseg.options import EnginesOption, LogFileOption, ModelsOption
-from trtseg.steps import build, command, compile_for_gpus, log_start
+from trtseg.options import AllModelsOption, EnginesOption, LogFileOption, ModelsOption
+from trtseg.steps import Group, build, compile_for_gpus, log_start
 
-app = typer.Typer(help="Build and inspect networks.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Build and inspect networks.", no_args_is_help=True)
 
 
 @app.command("build")
-@command
 def engines_build(
     models: ModelsOption = None,
     device: Annotated[
@@ -75,6 +79,7 @@ def engines_build(
             "--out",
             "--engines",
             metavar="DIR",
+            readable=False,
             help="Folder to build into; default: engines/ in $TRTSEG_HOME, else in the clone, "
             "else in the user's data folder.",
             show_default=False,
@@ -93,9 +98,15 @@ def engines_build(
         "compute_capabilities": tuple(compute_capability or ()) or None,
     }
     chosen = {name: value for name, value in compiled.items() if value is not None}
-    if device == "cpu" and (chosen or force):
-        raise UsageError(
-            "an option for GPUs without --device cuda", expected="--device cuda with it"
+    if device == "cpu":
+        _refuse_gpu_options(
+            {
+                "--library": library,
+                "--form": form,
+                "--batch": batch,
+                "--compute-capability": compute_capability,
+                "--force": force,
+            }
         )
     with log_to(log_file):
         log_start("engines build")
@@ -105,8 +116,16 @@ def engines_build(
             compile_for_gpus(models, out, chosen, force=force, quiet=quiet)
 
 
+def _refuse_gpu_options(options: dict[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} without --device cuda",
+            expected="--device cuda with what is for GPUs",
+        )
+
+
 @app.command("list")
-@command
 def engines_list(engines: EnginesOption = None) -> None:
     """List what is built, and what is compiled for GPUs."""
     from trtseg.engine import built_models
@@ -121,7 +140,7 @@ def engines_list(engines: EnginesOption = None) -> None:
         try:
             _, compiled = intact(root, name)
         except TrtsegError as error:
-            screen.say(f"{name}  {error.found}; {error.action}")
+            screen.say(f"{name}  {error}")
             continue
         screen.say(f"{name}  {root / name}")
         for net, state in compiled.items():
@@ -129,9 +148,8 @@ def engines_list(engines: EnginesOption = None) -> None:
 
 
 @app.command("verify")
-@command
 def engines_verify(
-    models: ModelsOption = None,
+    models: AllModelsOption = None,
     engines: EnginesOption = None,
     device: Annotated[
         str | None,
@@ -144,15 +162,36 @@ def engines_verify(
     ] = None,
 ) -> None:
     """Check every byte of what is built, and that it belongs to the checkpoint that is here."""
-    from trtseg.chains import load_engines, load_gpu_engines, open_chain
-    from trtseg.gpu_engine import gpu_built
+    from trtseg.engine import built_models
     from trtseg.home import engines_root
 
     root = engines_root(engines)
+    names = built_models(root) if models is None else [models]
+    if not names:
+        raise EngineMissingError(
+            f"nothing is built in {root}",
+            expected="built networks",
+            action="build with: trtseg engines build --models NAME",
+        )
+    codes = []
+    for name in names:
+        try:
+            _verify(name, root, device)
+        except TrtsegError as error:  # it must not hide what there is to say of the others
+            screen.say_error(str(error))
+            codes.append(error.exit_code)
+    if codes:
+        raise typer.Exit(worst_exit_code(codes))
+
+
+def _verify(models: str, root: Path, device: str | None) -> None:
+    from trtseg.chains import load_engines, load_gpu_engines, open_chain
+    from trtseg.gpu_engine import gpu_built
+
     built = load_engines(models, root)
     for engine in built.values():
         screen.say(f"{engine.net.upper()}: intact  {engine.folder}")
-    if gpu_built(root, built["bdn"].models):
+    if gpu_built(root, models):
         for one in load_gpu_engines(built, root).values():
             screen.say(f"{one.net.upper()}: intact  {one.folder} ({one.summary})")
     if device is not None:

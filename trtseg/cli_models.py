@@ -10,17 +10,16 @@ import typer
 from trtseg import screen
 from trtseg.errors import EXIT_MODEL
 from trtseg.logs import LOG, log_to
-from trtseg.options import LogFileOption, ModelsOption
-from trtseg.steps import command, log_start
+from trtseg.options import AllModelsOption, LogFileOption
+from trtseg.steps import Group, log_start
 
 if TYPE_CHECKING:
     from trtseg.models import ModelSet
 
-app = typer.Typer(help="Fetch, import and check model weights.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Fetch, import and check model weights.", no_args_is_help=True)
 
 
 @app.command("list")
-@command
 def models_list() -> None:
     """List the model sets on this machine."""
     from trtseg.models import PUBLISHED, list_models
@@ -33,7 +32,6 @@ def models_list() -> None:
 
 
 @app.command("pull")
-@command
 def models_pull(
     mirror: Annotated[
         str | None,
@@ -65,9 +63,11 @@ def models_pull(
 
 
 @app.command("import")
-@command
 def models_import(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder the files were copied to.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", readable=False, help="Folder the files were copied to."),
+    ],
     unpublished: Annotated[
         bool,
         typer.Option("--unpublished", help="Any other DeepMedic v0.7.0 weights; needs --name."),
@@ -81,6 +81,7 @@ def models_import(
         typer.Option(
             "--config",
             metavar="FILE",
+            readable=False,
             help="DeepMedic model config of both networks; default: the ones found in DIR, "
             "else the published architecture.",
             show_default=False,
@@ -102,9 +103,8 @@ def models_import(
 
 
 @app.command("verify")
-@command
-def models_verify(models: ModelsOption = None) -> None:
-    """Check the files of a model set against their hashes; all sets by default."""
+def models_verify(models: AllModelsOption = None) -> None:
+    """Check the files of model sets against their hashes."""
     from trtseg import models as library
 
     sets: list[ModelSet] = (
@@ -113,7 +113,8 @@ def models_verify(models: ModelsOption = None) -> None:
     damaged = False
     for found in sets:
         for check in library.verify(found):
-            screen.say(f"{found.name}  {check.path.name}  {check.detail}")
+            verdict = "intact" if check.ok else "DAMAGED"
+            screen.say(f"{verdict}  {found.name}  {check.path.name}  {check.detail}")
             damaged |= not check.ok
     if damaged:
         raise typer.Exit(EXIT_MODEL)

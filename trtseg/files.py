@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +24,11 @@ from trtseg.errors import OutputError
 ABANDONED_AFTER = 86_400
 
 _CHUNK = 1 << 20
+_ELSEWHERE = "choose another output folder with -o, or make room"
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, action: str = _ELSEWHERE) -> Iterator[BinaryIO]:
     """Write `path` so that its name shows the old file, the new one, or nothing.
 
     A temporary file in the same folder is written, flushed to disk and renamed over `path`; on any
@@ -36,6 +39,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     ----------
     path : Path
         The final name. Its folder must exist.
+    action : str
+        What the user can do where it cannot be written.
 
     Yields
     ------
@@ -63,16 +68,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise OutputError(
             f"{path}: {error.strerror or error}",
             expected="a folder that can be written, with room on the disk",
-            action="choose another output folder with -o, or make room",
+            action=action,
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def atomic_write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON with sorted keys, atomically."""
-    with atomic_write(path) as stream:
+def atomic_write_json(path: Path, data: Any, *, action: str = _ELSEWHERE) -> None:
+    """Write `data` as indented JSON with sorted keys, atomically; see `atomic_write`."""
+    with atomic_write(path, action=action) as stream:
         stream.write(json_bytes(data))
 
 
@@ -129,6 +134,36 @@ def make_folder(path: Path) -> None:
             f"{path}: {error.strerror or error}",
             expected="a folder, or a place where one can be made",
             action="choose another folder",
+        ) from error
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written, before anything is computed; nothing is left there.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder need not exist.
+    option : str
+        What names the file on the command line.
+
+    Raises
+    ------
+    OutputError
+        The name is a folder's, or the folder cannot be made or written.
+    """
+    there = next((one for one in path.parents if os.path.lexists(one)), path.parent)
+    try:
+        if path.is_dir():
+            there = path
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{there}: {error.strerror or error}",
+            expected=f"a folder in which {path.name} can be written",
+            action=f"choose another {option}",
         ) from error
 
 

@@ -1,11 +1,35 @@
-"""Options that several commands have, each declared once; its default stands with each command."""
+"""Options that several commands have, each declared once; its default stands with each command.
+
+Of paths, Typer is not to ask whether they can be read: the error would be its own, and of all.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from trtseg.errors import UsageError
+
+
+def weeks(text: str) -> float:
+    """Gestational age in weeks: of decimal weeks, ``27.4``, or of weeks and days, ``27+3``.
+
+    Raises
+    ------
+    UsageError
+        The text is neither.
+    """
+    found = re.fullmatch(r"([0-9]{1,3})(?:\+([0-6])|\.[0-9]+)?", text)
+    if found is None:
+        raise UsageError(
+            f"--ga {text}",
+            expected="18 to 45 weeks, as 27.4 (decimal) or 27+3 (weeks+days, 0 to 6 of these)",
+        )
+    return float(text) if found[2] is None else int(found[1]) + int(found[2]) / 7
+
 
 ModelsOption = Annotated[
     str | None,
@@ -16,6 +40,12 @@ ModelsOption = Annotated[
         show_default=False,
     ),
 ]
+AllModelsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--models", metavar="NAME", help="Model set; default: all of them.", show_default=False
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 ]
@@ -24,7 +54,9 @@ GaOption = Annotated[
     typer.Option(
         "--ga",
         metavar="WEEKS",
-        help="Gestational age, such as 27.4; the checks then go by that week.",
+        parser=weeks,
+        help="Gestational age, as 27.4 (decimal weeks) or 27+3 (weeks+days); the checks then go "
+        "by that week.",
         show_default=False,
     ),
 ]
@@ -47,6 +79,7 @@ EnginesOption = Annotated[
     typer.Option(
         "--engines",
         metavar="DIR",
+        readable=False,
         help="Folder of built networks; default: engines/ in $TRTSEG_HOME, else in the clone, "
         "else in the user's data folder.",
         show_default=False,
@@ -77,6 +110,7 @@ LogFileOption = Annotated[
     typer.Option(
         "--log-file",
         metavar="FILE",
+        readable=False,
         help="Add a log to the end of this file: times, stages, versions; no names.",
         show_default=False,
     ),

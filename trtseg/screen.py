@@ -5,12 +5,16 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
+
+from trtseg.errors import OutputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,12 +33,42 @@ _NUMBERS = 3  # of the columns, counted from the right
 
 def say(text: str, *, err: bool = False) -> None:
     """Print one line; what a terminal would obey or cannot show is shown as an escape."""
-    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     plain = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
     )
-    typer.echo(plain.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    say_as_is(plain.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def say_as_is(text: str, *, err: bool = False) -> None:
+    """Print text and the end of a line; what cannot go to stderr is lost.
+
+    Raises
+    ------
+    OutputError
+        Stdout cannot be written.
+    """
+    try:
+        typer.echo(text, err=err)
+    except BrokenPipeError:
+        raise  # who reads has had enough: Typer ends the program without a word
+    except OSError as error:
+        _let_go(sys.stderr if err else sys.stdout)
+        if not err:
+            raise OutputError(
+                f"stdout: {error.strerror or error}",
+                expected="room for what is printed",
+                action="send it elsewhere, or make room",
+            ) from error
+
+
+def _let_go(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere: Python writes it again at its end, and fails."""
+    with contextlib.suppress(OSError):  # a stream without a file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def say_error(text: str) -> None:

@@ -6,13 +6,16 @@ Heavy modules are imported inside the functions, so that ``trtseg --help`` answe
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from trtseg import screen
 from trtseg.errors import (
@@ -23,6 +26,7 @@ from trtseg.errors import (
     MissingExtraError,
     NotCompiledError,
     TrtsegError,
+    UsageError,
     worst_exit_code,
 )
 from trtseg.logs import LOG
@@ -33,18 +37,54 @@ if TYPE_CHECKING:
     from trtseg.gpu_engine import GpuEngine
     from trtseg.pipeline import Segmenter
 
-_F = TypeVar("_F", bound=Callable[..., None])
 
+class Group(TyperGroup):
+    """Commands whose errors, and an interrupt, end in one line and the exit code."""
 
-def command(function: _F) -> _F:
-    """Turn the project's errors, and an interrupt, into one line and the exit code."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        """Read the arguments; none may be empty, as one of an unset variable of the shell is."""
         with _exit_on_error():
-            function(*args, **kwargs)
+            _refuse_empty([info_name or "", *args])
+            return super().make_context(info_name, args, parent, **extra)
 
-    return wrapped  # type: ignore[return-value]
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        with _exit_on_error():
+            return super().invoke(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _hide_types_of_flags(command.get_params(ctx))
+        return command
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Options of the group itself."""
+        params = super().get_params(ctx)
+        _hide_types_of_flags(params)
+        return params
+
+
+def _refuse_empty(args: Sequence[str]) -> None:
+    """Refuse an empty name, which would be taken for the current folder."""
+    for before, arg in itertools.pairwise(args):
+        option = re.fullmatch("(--[a-z][a-z_-]*)=", arg)
+        if option or not arg:
+            raise UsageError(
+                f"an empty name after {option[1] if option else before}",
+                expected="a name",
+                action="see whether every variable in the command is set",
+            )
+
+
+def _hide_types_of_flags(params: Sequence[Any]) -> None:
+    """Show no type after a flag in the help: Typer 0.29 has ``<bool>``, as if it took a value."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
 
 
 @contextmanager
