@@ -161,9 +161,9 @@ def main() -> None:
     )
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        os.environ["TRTSEG_HOME"] = name
         root = Path(name) / "engines"
         if not options.scans:
+            os.environ["TRTSEG_HOME"] = name  # for the random set alone
             import_folder(DATA / "checkpoints" / "random11", unpublished=True, name="random11")
         opened: dict[str, dict[str, Pair]] = {}
         for item in options.scans or GOLDENS:

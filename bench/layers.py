@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -24,6 +24,7 @@ from trtseg.build.forms import FORMS, cost, form_graph
 from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.tensorrt import BuiltEngine, build_engine, layer_report
 from trtseg.engine import WEIGHTS, load_engine
+from trtseg.errors import TrtsegError
 from trtseg.gpu_engine import BATCHES
 from trtseg.models import find_models
 
@@ -131,10 +132,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="tiles of the detailed build")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    library = open_library("tensorrt_rtx")
+    try:
+        library, models = open_library("tensorrt_rtx"), find_models(options.models)
+    except TrtsegError as error:
+        sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as name:
-        os.environ["TRTSEG_HOME"] = name
-        build_models(find_models(options.models), Path(name))
+        build_models(models, Path(name))
         engine = load_engine(Path(name), options.models, "cgm")
         network = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), engine.spec)
     rows = measure(library, network, options.batch)

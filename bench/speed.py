@@ -188,6 +188,10 @@ def run_both(networks: dict[str, Form], path: Path) -> dict[str, Any]:
     }
 
 
+#: Labels that may differ: of a million voxels some ten have a probability within 2.5e-5 of 0.5,
+#: where the order of a float32 sum decides (tests/data/README.md); twice that is no rounding.
+ROUNDED = 20
+
 NAMES = ["tensorflow", "onnxruntime", "openvino", "trtseg f32", "trtseg bf16"]
 
 
@@ -202,7 +206,8 @@ def measure(path: Path, models: str, names: list[str], repeats: int) -> list[dic
     for _ in range(repeats + 1):
         for name in names:
             runs[name].append(run_both(networks[name], path))
-    reference = runs[next(name for name in names if "bf16" not in name)][-1]
+    exact = [name for name in names if "bf16" not in name]
+    reference = runs[(exact or names)[0]][-1]
     rows = []
     for name in names:
         counted = runs[name][1:]
@@ -259,11 +264,10 @@ def main() -> None:
     show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    # Rounding may decide a handful of voxels whose probability is within 2.5e-5 of 0.5.
     wrong = [
         row["form"]
         for row in rows
-        if "bf16" not in row["form"] and row["brain_differs"] + row["cortex_differs"] > 20
+        if "bf16" not in row["form"] and row["brain_differs"] + row["cortex_differs"] > ROUNDED
     ]
     if wrong:
         sys.exit(f"labels differ: {', '.join(wrong)}")

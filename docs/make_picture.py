@@ -1,44 +1,48 @@
-"""Draw docs/demo.png: the demo scan with its brain and cortex outlines. Needs matplotlib.
+"""Draw docs/demo.png: the middle slices of the demo scan's report, in radiological convention.
 
 Run after ``make demo``: ``.venv/bin/python docs/make_picture.py``.
 """
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nibabel
 import numpy as np
+from PIL import Image
+
+from trtseg.nifti import read_scan
+from trtseg.report import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 SCAN = ROOT / "trtseg" / "demo" / "phantom_23w.nii.gz"
 RESULTS = ROOT / "demo-output"
+GAP = 8
 
 
 def main() -> None:
-    """Draw three orthogonal slices through the middle of the brain."""
-    scan = nibabel.as_closest_canonical(nibabel.load(SCAN)).get_fdata()
+    """Cut the middle panel of each plane out of the report's picture, and set them in a row."""
+    scan = read_scan(SCAN)
     brain, cortex = (
-        np.asanyarray(
-            nibabel.as_closest_canonical(
-                nibabel.load(RESULTS / f"phantom_23w_{name}.nii.gz")
-            ).dataobj
-        )
+        read_scan(RESULTS / f"phantom_23w_{name}.nii.gz").data.astype(np.uint8)
         for name in ("brain", "cgm")
     )
-    centre = [round(float(c)) for c in np.argwhere(brain).mean(axis=0)]
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), facecolor="black")
-    names = ("sagittal", "coronal", "axial")
-    for axis, (panel, name) in enumerate(zip(axes, names, strict=True)):
-        planes = [np.take(v, centre[axis], axis=axis).T for v in (scan, brain, cortex)]
-        panel.imshow(planes[0], cmap="gray", origin="lower", vmax=np.percentile(scan, 99.5))
-        panel.contour(planes[1], levels=[0.5], colors=["#35c8ff"], linewidths=0.9)
-        panel.contour(planes[2], levels=[0.5], colors=["#ffb000"], linewidths=0.7)
-        panel.set_title(name, color="white", fontsize=9)
-        panel.axis("off")
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.9, wspace=0.02)
-    figure.savefig(ROOT / "docs" / "demo.png", dpi=110)
+    picture = draw(scan.data, brain, cortex, scan.geometry, title="")
+    whole = Image.open(io.BytesIO(picture.png))
+    cut = []
+    for plane in ("Sagittal", "Coronal", "Axial"):
+        row = [panel for panel in picture.panels if panel.plane == plane]
+        one = row[len(row) // 2]
+        right, bottom = one.left + one.width, one.top + one.height
+        cut.append(whole.crop((one.left, one.top, right, bottom)))
+    width = sum(one.width for one in cut) + GAP * (len(cut) + 1)
+    height = max(one.height for one in cut) + 2 * GAP
+    image = Image.new("RGB", (width, height))
+    left = GAP
+    for one in cut:
+        image.paste(one, (left, (height - one.height) // 2))
+        left += one.width + GAP
+    image.save(ROOT / "docs" / "demo.png")
 
 
 if __name__ == "__main__":

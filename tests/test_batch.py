@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +20,10 @@ from tests.fake_segmenter import FakeSegmenter
 from trtseg import batch, nifti
 from trtseg.batch import Options, Outcome, Reading, find_scans, process, read_ahead
 from trtseg.errors import EngineError, InputError, OutputError, UsageError
+from trtseg.files import json_seal, sha256_file
 from trtseg.logs import log_to
 from trtseg.output import OutputPaths, plan_outputs
-from trtseg.pipeline import EMPTY_BRAIN, Segmentation
+from trtseg.pipeline import EMPTY_BRAIN, Segmentation, Segmenter
 
 # Which scans
 
@@ -73,7 +78,10 @@ def test_what_is_named_twice(tmp_path):
     assert find_scans([a, a]).scans == (a, a)  # for `plan_outputs` to refuse
 
 
-MAPS = ("_brain.nii.gz", "_cgm.nii.gz", "_brain_prob.nii.gz", "_cgm_prob.nii", "_dseg.nii.gz")
+MAPS = (
+    *("_brain.nii.gz", "_cgm.nii.gz", "_brain_prob.nii.gz", "_cgm_prob.nii", "_dseg.nii.gz"),
+    *("_label-brain_mask.nii.gz", "_label-CGM_mask.nii.gz"),
+)
 
 
 def test_results_beside_their_scan_are_passed_over_in_a_folder(tmp_path):
@@ -224,6 +232,21 @@ def test_a_scan_that_fails(segmenter, tmp_path):
     assert files(tmp_path) == ["a.nii.gz", "b.nii.gz"]
 
 
+@pytest.mark.parametrize(("given", "gone"), [("a.hdr", "a.img"), ("a.img", "a.hdr")])
+@pytest.mark.parametrize("role", ["scan", "mask"])
+def test_a_pair_that_is_not_whole(segmenter, tmp_path, given, gone, role):
+    scan, log = write_scan(tmp_path / "b.nii"), tmp_path / "a.log"
+    (tmp_path / given).write_bytes(scan.read_bytes()[:348])
+    with log_to(log):
+        if role == "scan":
+            outcome = run(segmenter, tmp_path / given)
+        else:
+            outcome = run(segmenter, scan, mask=tmp_path / given)
+    assert outcome.error.startswith(f"{tmp_path / gone}: No such file or directory; expected ")
+    reason = ": No such file or directory" if role == "scan" else ""
+    assert logged(log)[-1].endswith(f" failed, InputError, exit code 2{reason}")
+
+
 def test_a_scan_that_is_not_there(segmenter, tmp_path):
     outcome = run(segmenter, tmp_path / "a.nii.gz")
     assert (outcome.status, outcome.exit_code, outcome.id) == ("failed", 2, "")
@@ -259,6 +282,130 @@ def test_a_scan_that_changes_meanwhile_gives_no_result(segmenter, tmp_path, monk
     assert (outcome.status, outcome.exit_code) == ("failed", 2)
     assert "changed while it was segmented" in outcome.error
     assert files(tmp_path) == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "reason"),
+    [(1, 7, "a constant image"), (0, 8, "a header without orientation")],
+)
+def test_an_error_of_the_voxels_or_the_header_names_the_scan(
+    engines_root, tmp_path, form, value, reason
+):
+    scan, log = tmp_path / "doe.nii.gz", tmp_path / "a.log"
+    values = np.full((8, 8, 8), 7, np.int16)
+    values[0, 0, 0] = value
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.set_sform(np.eye(4), code=form)
+    nibabel.save(image, scan)
+    with log_to(log), Segmenter("demo", engines=engines_root, device="cpu") as real:
+        outcome = run(real, scan, reorient=True)
+    assert (outcome.status, outcome.exit_code) == ("failed", 2)
+    assert outcome.error.startswith(f"{scan}: {reason} (")
+    assert outcome.error.count(str(scan)) == 1
+    assert logged(log)[-1] == (
+        f"ERROR scan {outcome.id}: failed, InputError, exit code 2: {reason}"
+    )
+
+
+# What an earlier run left
+
+ALL = {"report": True, "save_dseg": True}
+PLAIN = ["a.nii.gz", "a_brain.nii.gz", "a_cgm.nii.gz", "a_trtseg.json"]
+
+
+def test_nothing_of_an_earlier_run_contradicts_the_sidecar(segmenter, tmp_path):
+    scan, log = write_scan(tmp_path / "a.nii.gz"), tmp_path / "logs" / "a.log"
+    run(segmenter, scan, **ALL)
+    (tmp_path / "a_report.html").write_bytes(b"with my notes")
+    before = files(tmp_path)
+    with log_to(log):
+        outcome = run(segmenter, scan, mask=tmp_path / "a_dseg.nii.gz")
+    assert files(tmp_path) == sorted(
+        [
+            *PLAIN,
+            "a_dseg.nii.gz",
+            "a_report.html",
+            "logs",
+        ]  # a mask that was read, and an edited file
+    )
+    assert set(outcome.description["outputs"]) == {"brain", "cortex"}
+    line = f"INFO scan {outcome.id}: removed of an earlier result: lookup, picture"
+    assert line in logged(log)
+    assert set(before) - set(files(tmp_path)) == {"a_dseg.tsv", "a_report.png"}
+
+
+def test_a_scan_that_fails_leaves_what_was_there(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, scan, **ALL)
+    before = files(tmp_path)
+    segmenter.error = EngineError("x")
+    assert run(segmenter, scan).status == "failed"
+    assert files(tmp_path) == before
+
+
+def struck(segmenter: Any, scan: Path, point: int, *, after: bool) -> int:
+    """Run with an interrupt at one change of a name, or none; give how many changes it came to."""
+    changes = 0
+
+    def watched(change: Any) -> Any:
+        def changed(*args: Any, **options: Any) -> None:
+            nonlocal changes
+            changes += 1
+            now = changes == point
+            if now and not after:
+                raise KeyboardInterrupt
+            try:
+                change(*args, **options)
+            finally:
+                if now:
+                    raise KeyboardInterrupt
+
+        return changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", watched(os.replace))
+        patch.setattr(Path, "unlink", watched(Path.unlink))
+        with contextlib.suppress(KeyboardInterrupt):
+            run(segmenter, scan)
+    return changes
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_leaves_no_sidecar_of_files_that_are_gone(segmenter, tmp_path, after):
+    first = write_scan(tmp_path / "a.nii.gz")
+    run(segmenter, first, **ALL)
+    roles = plan(first, Options(**ALL)).results()
+
+    def vouched(folder: Path) -> set[str] | None:
+        """Roles an intact sidecar lists, each as it says; None for one that is not intact."""
+        found = json.loads((folder / "a_trtseg.json").read_text("utf-8"))
+        if found.pop("seal", None) != json_seal(found):
+            return None
+        for role, listed in found["outputs"].items():
+            assert sha256_file(folder / roles[role].name) == listed["sha256"], role
+        return set(found["outputs"])
+
+    def there(folder: Path) -> set[str]:
+        return {role for role, path in roles.items() if (folder / path.name).exists()}
+
+    with tempfile.TemporaryDirectory() as name:
+        whole = Path(shutil.copytree(tmp_path, Path(name) / "x"))
+        total = struck(segmenter, whole / "a.nii.gz", 0, after=after)
+        assert files(whole) == PLAIN
+    assert total == 4 + 4 + 4  # maps and sidecars; their temporary files; what is removed
+    states = []
+    for point in range(1, total + 1):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(shutil.copytree(tmp_path, Path(name) / "x"))
+            struck(segmenter, folder / "a.nii.gz", point, after=after)
+            states.append(vouched(folder))
+            if states[-1] is None:
+                assert not run(segmenter, folder / "a.nii.gz", resume=True).resumed
+                assert files(folder) == PLAIN
+            assert vouched(folder) == there(folder)
+    assert states[0] == set(roles)
+    assert None in states
+    assert states[-1] == {"brain", "cortex"}
 
 
 # Reading ahead

@@ -18,6 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.fake_segmenter import FakeSegmenter
+from trtseg.batch import find_scans
 from trtseg.bids import LabelsCommand, T2w, bids, describe_dataset, find_t2w, read_description
 from trtseg.errors import InputError, OutputError, UsageError
 
@@ -122,7 +123,8 @@ def test_labels_that_are_not_there(tmp_path):
         find_t2w(folder, ["03", "02", "1"], ())
     with pytest.raises(UsageError, match=r"ses-b not in.*expected labels out of: a$"):
         find_t2w(folder, (), ["b"])
-    with pytest.raises(UsageError, match=r"expected labels out of: none$"):
+    said = r"^--session-label: no image has a session label; leave it out, "
+    with pytest.raises(UsageError, match=said):
         find_t2w(folder, ["01"], ["a"])
 
 
@@ -147,8 +149,10 @@ def test_entities_that_no_image_has(tmp_path):
     said = r"--reconstruction-label: rec-x not in the dataset; expected labels out of: svr$"
     with pytest.raises(UsageError, match=said):
         found(folder, rec=["x", "svr"])
-    with pytest.raises(UsageError, match=r"--run-label: run-1 not in.*out of: none$"):
+    with pytest.raises(UsageError, match=r"^--run-label: no image has a run label; leave it out, "):
         found(folder, ["01"], run=["1"])
+    with pytest.raises(UsageError, match="no image has an acquisition label"):
+        found(folder, ["01"], acq=["1"])
 
 
 def test_entities_that_no_image_has_together(tmp_path):
@@ -337,6 +341,32 @@ def test_resume_mends_a_missing_sidecar_without_another_run(tmp_path, monkeypatc
     assert done.exit_code == 0
     assert "not run again" in done.output
     assert files(out) == before
+
+
+def test_a_report_of_an_earlier_run_goes(tmp_path):
+    source, out = write_dataset(tmp_path / "raw", PLAIN, SESSION), tmp_path / "out"
+    assert invoke(source, out, "participant").exit_code == 0
+    plain = files(out)
+    assert invoke(source, out, "participant", "--report").exit_code == 0
+    edited = out / "sub-01/anat/sub-01_report.html"
+    edited.write_bytes(b"with my notes")
+    assert len(files(out) - plain) == 4
+    assert invoke(source, out, "participant").exit_code == 0
+    assert files(out) - plain == {"sub-01/anat/sub-01_report.html"}
+    assert plain <= files(out)
+
+
+def test_its_results_are_no_scans(tmp_path):
+    described = "sub-03/anat/sub-03_desc-x_T2w.nii.gz"
+    source, out = write_dataset(tmp_path / "raw", SESSION, described), tmp_path / "out"
+    assert invoke(source, out, "participant").exit_code == 0
+    maps = sorted(out.rglob("*.nii.gz"))
+    assert len(maps) == 6
+    # By folder, by pattern, and by name.
+    for arguments in ([out / "sub-02/ses-a/anat", out / "sub-03/*"], maps):
+        found = find_scans([*arguments, source / SESSION])
+        assert found.scans == (source / SESSION,)
+        assert sorted(found.passed_over) == maps
 
 
 # The command line

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 
 from trtseg.errors import OutputError, UsageError
+from trtseg.files import sha256_bytes
 from trtseg.nifti import scan_from_array
-from trtseg.output import OutputPaths, plan_outputs, save
+from trtseg.output import OutputPaths, map_of, plan_outputs, remove_stale, save
 from trtseg.pipeline import Segmentation
 
 AFFINE = np.array(
@@ -119,6 +122,41 @@ def test_a_folder_that_is_called_like_a_file(tmp_path, name):
     ]
 
 
+def test_what_was_not_asked_for(tmp_path):
+    [scan] = scans(tmp_path, "scan.nii")
+    [plan] = plan_outputs([scan], None, mask=tmp_path / "mask.nii", dseg=True)
+    assert {role: path.name for role, path in plan.unasked().items()} == {
+        "cortex_probabilities": "scan_cgm_prob.nii.gz",
+        "brain_probabilities": "scan_brain_prob.nii.gz",
+        "report": "scan_report.html",
+        "picture": "scan_report.png",
+    }
+    [plan] = plan_outputs([scan], None, probabilities=True, dseg=True, report=True)
+    assert plan.unasked() == {}
+    [named] = plan_outputs([scan], tmp_path / "scan_dseg.nii.gz")
+    assert named.unasked()["cortex"] == tmp_path / "scan_cgm.nii.gz"
+    assert "dseg" not in named.unasked()
+
+
+@pytest.mark.parametrize(
+    ("stem", "start"),
+    [
+        ("a_cgm", "a"),
+        ("a_brain_prob", "a"),
+        ("a_brain_cgm_prob", "a_brain"),
+        ("sub-1_run-2_dseg", "sub-1_run-2"),
+        ("sub-1_label-CGM_mask", "sub-1"),
+        ("sub-1_res-1_label-brain_desc-y_mask", "sub-1_res-1_desc-y"),
+        ("sub-1_label-WM_mask", None),
+        ("sub-1_label-CGM_desc-y_desc-z_mask", None),
+        ("a_prob", None),
+        ("_cgm", None),
+    ],
+)
+def test_the_names_of_maps(stem, start):
+    assert map_of(stem) == start
+
+
 @pytest.mark.parametrize(
     ("scan", "stem"),
     [
@@ -173,6 +211,17 @@ def test_one_file_for_several_scans(tmp_path, name):
         scans(tmp_path, "a.nii", "b.nii"), tmp_path / name, "one file, and 2 scans are given"
     )
     assert error.action == "give -o a folder"
+
+
+@pytest.mark.parametrize("end", [".mgz", ".MGH", ".nrrd", ".mha", ".mhd", ".img", ".hdr", ".gz"])
+def test_a_file_of_another_kind(tmp_path, end):
+    paths = scans(tmp_path, "a.nii", "b.nii")
+    for some in (paths, paths[:1]):
+        error = refuse(some, tmp_path / f"q{end}", f"-o .*q{end} is the name of a file of another")
+        assert error.expected == "a folder, or for one scan a name ending in .nii or .nii.gz"
+    (tmp_path / f"q{end}").mkdir()
+    [plan, _] = plan_outputs(paths, tmp_path / f"q{end}")
+    assert plan.cortex == tmp_path / f"q{end}" / "a_cgm.nii.gz"
 
 
 def test_same_names_from_different_folders_into_one(tmp_path):
@@ -424,3 +473,141 @@ def test_save_where_no_folder_can_be(tmp_path):
     with pytest.raises(OutputError, match="out: File exists"):
         save(segmentation(), plan)
     assert (tmp_path / "out").read_bytes() == b"a file"
+
+
+# What an earlier result left
+
+ROLES = {
+    "cortex_probabilities": "scan_cgm_prob.nii.gz",
+    "brain_probabilities": "scan_brain_prob.nii.gz",
+    "dseg": "scan_dseg.nii.gz",
+    "lookup": "scan_dseg.tsv",
+    "report": "scan_report.html",
+    "picture": "scan_report.png",
+}
+
+
+def earlier_result(folder: Path, **more: str) -> OutputPaths:
+    """Files and sidecar of a result with all there is; give the plan of a plain one."""
+    outputs = {"cortex": "scan_cgm.nii.gz", "brain": "scan_brain.nii.gz", **ROLES, **more}
+    for name in outputs.values():
+        (folder / name).write_bytes(name.encode())
+    described: dict[str, Any] = {
+        role: {"sha256": sha256_bytes(name.encode())} for role, name in outputs.items()
+    }
+    (folder / "scan_trtseg.json").write_text(json.dumps({"outputs": described, "seal": "x"}))
+    [plan] = plan_outputs([folder / "scan.nii.gz"], None)
+    return plan
+
+
+PLAIN = ["scan_brain.nii.gz", "scan_cgm.nii.gz", "scan_trtseg.json"]
+
+
+def test_stale_files_are_removed_and_the_sidecar_no_longer_vouches(tmp_path):
+    plan = earlier_result(tmp_path)
+    before = json.loads(plan.sidecar.read_text("utf-8"))
+    assert remove_stale(plan, [tmp_path / "scan.nii.gz"]) == tuple(ROLES)
+    assert names(tmp_path) == PLAIN
+    assert json.loads(plan.sidecar.read_text("utf-8")) == {"outputs": before["outputs"]}
+    assert remove_stale(plan, []) == ()
+
+
+def test_what_is_asked_for_again_stays(tmp_path):
+    earlier_result(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    [plan] = plan_outputs(
+        [tmp_path / "scan.nii.gz"], None, probabilities=True, dseg=True, report=True
+    )
+    assert remove_stale(plan, []) == ()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_what_the_sidecar_lists_and_nobody_changed_is_removed(tmp_path):
+    plan = earlier_result(tmp_path, other="notes.txt", sidecar="scan_trtseg.nii")
+    (tmp_path / "scan_dseg.nii.gz").write_bytes(b"corrected by hand")
+    (tmp_path / "scan_dseg.tsv").unlink()
+    (tmp_path / "scan_dseg.tsv").mkdir()
+    found = json.loads(plan.sidecar.read_text("utf-8"))
+    del found["outputs"]["report"]
+    plan.sidecar.write_text(json.dumps(found), "utf-8")
+    assert remove_stale(plan, []) == ("cortex_probabilities", "brain_probabilities", "picture")
+    assert names(tmp_path) == sorted(
+        [
+            *PLAIN,
+            "notes.txt",
+            "scan_dseg.nii.gz",
+            "scan_dseg.tsv",
+            "scan_report.html",
+            "scan_trtseg.nii",
+        ]
+    )
+
+
+def test_an_input_is_never_removed(tmp_path):
+    plan = earlier_result(tmp_path)
+    (tmp_path / "scan.nii.gz").symlink_to("scan_cgm_prob.nii.gz")
+    (tmp_path / "mask.nii.gz").symlink_to("scan_brain_prob.nii.gz")
+    inputs = [tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"]
+    assert set(remove_stale(plan, inputs)) == {"dseg", "lookup", "report", "picture"}
+    assert all(path.read_bytes() for path in inputs)
+
+
+def test_a_link_goes_and_what_it_leads_to_stays(tmp_path):
+    plan = earlier_result(tmp_path)
+    (tmp_path / "scan_dseg.nii.gz").rename(tmp_path / "elsewhere")
+    (tmp_path / "scan_dseg.nii.gz").symlink_to("elsewhere")
+    assert "dseg" in remove_stale(plan, [])
+    assert names(tmp_path) == sorted([*PLAIN, "elsewhere"])
+
+
+def test_a_cortex_of_another_name(tmp_path):
+    earlier_result(tmp_path)
+    [plan] = plan_outputs([tmp_path / "scan.nii.gz"], tmp_path / "scan_dseg.nii.gz", report=True)
+    assert set(remove_stale(plan, [])) == {
+        "cortex",
+        "cortex_probabilities",
+        "brain_probabilities",
+        "lookup",
+    }
+    assert (tmp_path / "scan_dseg.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b"[]",
+        b"{}",
+        b'{"outputs": []}',
+        b'{"outputs": {"dseg": "x", "report": {}, "picture": {"sha256": 5}}}',
+    ],
+)
+def test_a_sidecar_that_lists_nothing(tmp_path, content):
+    plan = earlier_result(tmp_path)
+    plan.sidecar.write_bytes(content)
+    assert remove_stale(plan, []) == ()
+    assert plan.sidecar.read_bytes() == content
+    assert set(names(tmp_path)) == {*PLAIN, *ROLES.values()}
+
+
+def test_no_earlier_sidecar(tmp_path):
+    plan = earlier_result(tmp_path)
+    plan.sidecar.unlink()
+    assert remove_stale(plan, []) == ()
+    assert not plan.sidecar.exists()
+
+
+def test_a_file_that_cannot_be_removed(tmp_path, monkeypatch):
+    plan = earlier_result(tmp_path)
+    unlink = Path.unlink
+
+    def forbidden(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "scan_dseg.tsv":
+            raise PermissionError(13, "Permission denied")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    with pytest.raises(OutputError, match=r"scan_dseg\.tsv: Permission denied"):
+        remove_stale(plan, [])

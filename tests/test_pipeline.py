@@ -164,8 +164,43 @@ def test_a_given_mask_takes_the_brain_networks_place(segmenter: Segmenter, tmp_p
     assert seen == {"cgm"}
     assert np.array_equal(result.brain, mask > 0.5)
     assert result.brain_probabilities is None
-    again = segmenter.segment(CASE, mask=mask > 0.5)
-    assert np.array_equal(again.cortex, result.cortex)
+    image = nibabel.load(path)
+    in_memory = nibabel.Nifti1Image((mask > 0.5).astype(np.uint8)[..., None], image.affine)
+    for given in (mask > 0.5, image, in_memory):
+        again = segmenter.segment(CASE, mask=given)
+        assert np.array_equal(again.brain, result.brain)
+        assert np.array_equal(again.cortex, result.cortex)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shift", "said"),
+    [
+        (
+            (4, 5, 6),
+            0.15,
+            r"mask: .* lie up to 0\.15 mm off the scan's; expected .* within 0\.1 mm",
+        ),
+        ((4, 5, 7), 0.0, r"a mask of shape \(4, 5, 7\); expected the scan's shape \(4, 5, 6\)"),
+        ((4, 5, 6, 2), 0.0, "mask: 4-D with 2 volumes; expected one 3-D mask"),
+    ],
+)
+def test_a_mask_image_must_lie_on_the_scan(
+    segmenter: Segmenter, shape: tuple[int, ...], shift: float, said: str
+) -> None:
+    scan = nibabel.Nifti1Image(np.arange(120.0).reshape(4, 5, 6), np.eye(4))
+    affine = np.eye(4)
+    affine[2, 3] = shift
+    mask = nibabel.Nifti1Image(np.ones(shape, np.uint8), affine)
+    with pytest.raises(InputError, match=said):
+        segmenter.segment(scan, mask=mask)
+
+
+def test_a_mask_image_that_cannot_be_read_is_called_the_mask(segmenter: Segmenter) -> None:
+    mask = nibabel.Nifti1Image(np.full(read_voxels(CASE).shape, np.nan, np.float32), np.eye(4))
+    with pytest.raises(InputError, match=r"^mask: .* not finite"):
+        segmenter.segment(CASE, mask=mask)
+    with pytest.raises(InputError, match=r"^mask: Geometry;"):
+        segmenter.segment(CASE, mask=scan_from_array(np.ones((2, 2, 2)), np.eye(4)).geometry)
 
 
 def test_an_empty_brain_gives_empty_maps_and_a_warning(segmenter: Segmenter) -> None:
@@ -178,6 +213,10 @@ def test_an_empty_brain_gives_empty_maps_and_a_warning(segmenter: Segmenter) -> 
     assert result.brain_ml == result.cortex_ml == 0.0
     assert result.suspect
     assert EMPTY_BRAIN in result.warnings
+    said = "No brain was found: the mask given is empty, and so are both maps."
+    assert result.qc.reasons[0] == result.qc.check("brain_found").line == said
+    full = segmenter.segment(CASE, mask=np.ones(shape, bool))
+    assert full.qc.check("brain_found").line == "A brain was found."
 
 
 def test_demo_results_carry_the_notice(engines_root: Path) -> None:
@@ -197,6 +236,40 @@ def test_arguments_that_cannot_be_used(segmenter: Segmenter) -> None:
         segmenter.segment(np.ones((4, 4, 4)), np.eye(4))
     with pytest.raises(InputError):
         segmenter.segment(3.5)
+    for weeks in ("x", "27", [27.0]):
+        with pytest.raises(UsageError, match="a gestational age that is no number"):
+            segmenter.segment(CASE, ga_weeks=weeks)  # type: ignore[arg-type]
+
+
+def test_errors_begin_with_the_scans_name_once(segmenter: Segmenter, tmp_path: Path) -> None:
+    scan = tmp_path / "a.nii.gz"
+    image = nibabel.Nifti1Image(np.full((4, 4, 4), 7, np.int16), None)
+    nibabel.save(image, scan)
+    for given, name, start in [
+        (scan, None, f"{scan}: "),
+        (str(scan), None, f"{scan}: "),
+        (scan, "patient 3", "patient 3: "),
+        (lambda: scan_from_array(np.ones((4, 4, 4)), np.eye(4)), None, ""),
+        (lambda: scan_from_array(np.ones((4, 4, 4)), np.eye(4)), "b", "b: "),
+    ]:
+        with pytest.raises(InputError) as caught:
+            segmenter.segment(given, name=name)
+        assert str(caught.value).startswith(f"{start}a constant image (every voxel is ")
+        assert "; expected a scan with some contrast; check " in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        segmenter.segment(scan, reorient=True)
+    assert str(caught.value).startswith(f"{scan}: a header without orientation")
+    scan.write_bytes(b"bad")
+    with pytest.raises(InputError) as caught:
+        segmenter.segment(scan)
+    assert str(caught.value).count(str(scan)) == 1
+
+
+def test_a_closed_segmenter_says_so(engines_root: Path) -> None:
+    with Segmenter("random11", engines=engines_root) as closed:
+        pass
+    with pytest.raises(UsageError, match=r"the segmenter is closed; .*make a new Segmenter"):
+        closed.segment(CASE)
 
 
 def test_nothing_built_says_the_command(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from trtseg.errors import (
     UsageError,
 )
 from trtseg.logs import LOG, stopwatch
-from trtseg.output import MAP_ENDINGS, SIDECAR_ENDING, is_folder, save
+from trtseg.output import SIDECAR_ENDING, is_folder, map_of, remove_stale, save
 from trtseg.report import write_report
 from trtseg.sidecar import (
     add_outputs,
@@ -136,13 +136,11 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _is_result(path: Path, *, by_scan: bool) -> bool:
-    stem = nifti.volume_stem(path)
-    for ending in MAP_ENDINGS:
-        if stem.endswith(ending):
-            start = stem.removesuffix(ending)
-            beside = [SIDECAR_ENDING, *(_SCANS if by_scan else ())]
-            return any(os.path.lexists(path.parent / f"{start}{other}") for other in beside)
-    return False
+    start = map_of(nifti.volume_stem(path))
+    beside = [SIDECAR_ENDING, *(_SCANS if by_scan else ())]
+    return start is not None and any(
+        os.path.lexists(path.parent / f"{start}{other}") for other in beside
+    )
 
 
 # What is done with each
@@ -299,8 +297,9 @@ def process(
 ) -> Outcome:
     """Segment one scan and write all that was asked for; or find that this has been done.
 
-    The maps are written first, the cortex last of them, then the report, and the sidecar at the
-    end: where it is and its digests hold, the result is complete.
+    The maps are written first, the cortex last of them, then the report; then goes what an earlier
+    result has and this one has not; and the sidecar is written at the end: where it is and its
+    digests hold, the result is complete.
 
     Returns
     -------
@@ -328,8 +327,11 @@ def process(
 
 
 def _request(segmenter: Segmenter, scan: Path, options: Options) -> dict[str, Any]:
+    inputs = {"scan": scan, **({} if options.mask is None else {"mask": options.mask})}
+    for path in inputs.values():
+        nifti.check_files(path)
     return request(
-        inputs={"scan": scan, **({} if options.mask is None else {"mask": options.mask})},
+        inputs=inputs,
         engines=segmenter.engines,
         models=segmenter.models,
         device=segmenter.device,
@@ -352,6 +354,7 @@ def _segment(
         ga_weeks=options.ga_weeks,
         progress=progress,
         following=None if reading.following is None else reading.following.ready,
+        name=str(scan),
     )
     # Files were read between two looks at their digests: these are the bytes that were segmented.
     if _request(segmenter, scan, options)["inputs"] != asked["inputs"]:
@@ -375,6 +378,9 @@ def _segment(
     )
     if options.report:
         described = _report(reading.image(), result, paths, described, options.keep_names)
+    removed = remove_stale(paths, [scan, *([] if options.mask is None else [options.mask])])
+    if removed:
+        LOG.info("scan %s: removed of an earlier result: %s", asked["id"], ", ".join(removed))
     write_sidecar(paths.sidecar, described)
     return described
 
@@ -442,7 +448,8 @@ def _reason(error: TrtsegError, scan: Path) -> str:
 
     What stands in brackets is left out: it may quote the file.
     """
-    start = f"{scan}: "
-    if not error.found.startswith(start):
-        return ""
-    return error.found[len(start) :].partition(" (")[0]
+    for file in nifti.volume_files(scan):
+        start = f"{file}: "
+        if error.found.startswith(start):
+            return error.found[len(start) :].partition(" (")[0]
+    return ""

@@ -69,6 +69,9 @@ _ENTITIES = {
 }
 _LABEL_OPTIONS = {*_PARTICIPANTS, *_SESSIONS, *itertools.chain(*_ENTITIES.values())}
 
+#: What can be done where a file of the dataset cannot be written.
+_ELSEWHERE = "choose another OUT_DIR, or make room"
+
 _LABEL = "[0-9A-Za-z+]+"
 _SUBJECT = re.compile(f"sub-({_LABEL})")
 _SESSION = re.compile(f"ses-({_LABEL})")
@@ -114,11 +117,14 @@ def _repeat_options(args: Sequence[str], options: set[str]) -> list[str]:
 
 
 def bids(
-    bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="The BIDS dataset.")],
+    bids_dir: Annotated[
+        Path, typer.Argument(metavar="BIDS_DIR", readable=False, help="The BIDS dataset.")
+    ],
     out_dir: Annotated[
         Path,
         typer.Argument(
             metavar="OUT_DIR",
+            readable=False,
             help="Folder of the derivatives, such as BIDS_DIR/derivatives/trtseg.",
         ),
     ],
@@ -449,8 +455,15 @@ def _children(folder: Path) -> list[Path]:
 def _chosen(known: list[str], labels: Sequence[str], option: str, prefix: str) -> list[str]:
     wanted = {prefix + label.removeprefix(prefix) for label in labels}
     unknown = sorted(wanted - set(known))
+    if unknown and not known:
+        kind = option.removeprefix("--").removesuffix("-label")
+        article = "an" if kind.startswith("a") else "a"
+        raise UsageError(
+            f"{option}: no image has {article} {kind} label",
+            action="leave it out, or choose images by other labels",
+        )
     if unknown:
-        here = " ".join(name.removeprefix(prefix) for name in known) or "none"
+        here = " ".join(name.removeprefix(prefix) for name in known)
         raise UsageError(
             f"{option}: {' '.join(unknown)} not in the dataset",
             expected=f"labels out of: {here}",
@@ -505,14 +518,16 @@ def write_dataset(bids_dir: Path, out_dir: Path, source: dict[str, Any]) -> None
     from trtseg.sidecar import NOT_A_DEVICE, write_lookup
 
     make_folder(out_dir)
-    atomic_write_json(out_dir / DESCRIPTION, describe_dataset(bids_dir, out_dir, source))
+    atomic_write_json(
+        out_dir / DESCRIPTION, describe_dataset(bids_dir, out_dir, source), action=_ELSEWHERE
+    )
     write_lookup(out_dir / "dseg.tsv", "dseg")
     if not any(child.name.split(".")[0] == "README" for child in _children(out_dir)):
-        with atomic_write(out_dir / "README.md") as stream:
+        with atomic_write(out_dir / "README.md", action=_ELSEWHERE) as stream:
             stream.write(f"{_README}\n{NOT_A_DEVICE}\n".encode())
     ignore = out_dir / ".bidsignore"
     kept = [] if not os.path.lexists(ignore) else _read_lines(ignore)
-    with atomic_write(ignore) as stream:
+    with atomic_write(ignore, action=_ELSEWHERE) as stream:
         lines = [*kept, *(line.encode() for line in IGNORED if line.encode() not in kept)]
         stream.write(b"\n".join(lines) + b"\n")
 
@@ -619,7 +634,7 @@ def write_sidecars(scan: T2w, paths: OutputPaths, notice: str) -> None:
             "Sources": [scan.uri],
             "SpatialReference": scan.uri,
         }
-        atomic_write_json(maps[role].with_name(name), content)
+        atomic_write_json(maps[role].with_name(name), content, action=_ELSEWHERE)
 
 
 def _run(

@@ -199,7 +199,11 @@ class HostChain:
         self.engines: Mapping[str, Engine | GpuEngine] = engines
         self.device = backend.device
         self.precision = backend.precision
-        self._networks = {net: backend.load(one) for net, one in engines.items()}
+        try:
+            self._networks = {net: backend.load(one) for net, one in engines.items()}
+        except BaseException:
+            backend.close()
+            raise
 
     @property
     def description(self) -> str:

@@ -15,7 +15,6 @@ to root and that nobody else can write, and only where its bytes are those the m
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 from trtseg.architecture import NETWORKS, NetworkSpec
 from trtseg.engine import GPU_FOLDER, engine_folder
 from trtseg.errors import EngineError, NotCompiledError
-from trtseg.files import sha256_bytes
+from trtseg.files import json_seal
 from trtseg.sealed import MANIFEST, Kind, SealedNetwork, looking
 
 if TYPE_CHECKING:
@@ -309,7 +308,9 @@ def write_gpu_engine(
         optionally ``later_than`` (GPUs above this one will do as well), ``batches`` (ascending),
         ``form``, ``precision``, optionally ``float32_layers`` (layer to the list of its parts that
         are kept in float32), ``cost`` (``multiply_adds`` and ``bytes`` of a tile), ``versions``,
-        ``selftest`` (``labels_equal`` and ``largest_difference``: the limits) and ``notice``.
+        ``selftest`` (``labels_equal`` and ``largest_difference``: the limits) and ``notice``; and
+        for people ``float16_on_cpu`` (what rounding did to the self-test's tile), ``built`` (when)
+        and ``compile_seconds``.
 
     Raises
     ------
@@ -322,7 +323,7 @@ def write_gpu_engine(
 
 def cache_key(recipe: Mapping[str, Any]) -> str:
     """Hex SHA-256 of all that a compiled network follows from."""
-    return sha256_bytes(json.dumps(recipe, sort_keys=True).encode())
+    return json_seal(recipe)
 
 
 def read_owned(path: Path) -> bytes:

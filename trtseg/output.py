@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtseg import nifti
-from trtseg.errors import UsageError
-from trtseg.files import make_folder
+from trtseg.errors import OutputError, UsageError
+from trtseg.files import atomic_write_json, make_folder, sha256_file
 from trtseg.sidecar import write_lookup
 
 if TYPE_CHECKING:
@@ -19,11 +21,28 @@ if TYPE_CHECKING:
 
 _NIFTI = (".nii", ".nii.gz")
 
-#: What the names of maps add to the scan's; longer ones first, so that the first match is whole.
-MAP_ENDINGS = ("_cgm_prob", "_brain_prob", "_cgm", "_brain", "_dseg")
+#: Ends of names that mean another kind of file than a folder or what is written.
+_OTHER_FILES = (".mgz", ".mgh", ".nrrd", ".mha", ".mhd", ".img", ".hdr", ".gz")
+
+#: What the name of each file but the sidecar adds to the scan's: role to ending.
+_ENDINGS = {
+    "cortex": "_cgm.nii.gz",
+    "brain": "_brain.nii.gz",
+    "cortex_probabilities": "_cgm_prob.nii.gz",
+    "brain_probabilities": "_brain_prob.nii.gz",
+    "dseg": "_dseg.nii.gz",
+    "lookup": "_dseg.tsv",
+    "report": "_report.html",
+    "picture": "_report.png",
+}
 
 #: What the name of the sidecar adds to the scan's.
 SIDECAR_ENDING = "_trtseg.json"
+
+# The masks' names are those of `trtseg.bids`, where a label comes before a description.
+_MAP = re.compile(
+    r"(.+)_(?:cgm_prob|brain_prob|cgm|brain|dseg|label-(?:CGM|brain)(_desc-[0-9A-Za-z+]+)?_mask)"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,18 @@ class OutputPaths:
         """Every file that may be written."""
         return (*self.results().values(), self.sidecar)
 
+    def unasked(self) -> dict[str, Path]:
+        """What a result beside this sidecar may have, and this one has not: role to file."""
+        start = self.sidecar.name.removesuffix(SIDECAR_ENDING)
+        names = {role: self.sidecar.with_name(start + end) for role, end in _ENDINGS.items()}
+        return {role: path for role, path in names.items() if path not in self.all()}
+
+
+def map_of(stem: str) -> str | None:
+    """What the name of a map, without its suffix, shares with its sidecar's; None for no map."""
+    match = _MAP.fullmatch(stem)
+    return None if match is None else match[1] + (match[2] or "")
+
 
 def _present(**files: Path | None) -> dict[str, Path]:
     return {role: path for role, path in files.items() if path is not None}
@@ -119,9 +150,11 @@ def plan_outputs(
     ------
     UsageError
         Two scans would write the same file, a result would overwrite an input, or `out` names one
-        file for several scans.
+        file for several scans, or a file of a kind that is not written.
     """
     named = out is not None and not is_folder(out) and out.name.lower().endswith(_NIFTI)
+    if out is not None and not named:
+        _check_folder(out)
     if named and len(scans) > 1:
         raise UsageError(
             f"-o {out} is one file, and {len(scans)} scans are given",
@@ -154,20 +187,29 @@ def _plan(
     dseg: bool,
     report: bool,
 ) -> OutputPaths:
-    def name(ending: str) -> Path:
-        return folder / f"{nifti.volume_stem(scan)}{ending}"
-
+    start = nifti.volume_stem(scan)
+    names = {role: folder / f"{start}{ending}" for role, ending in _ENDINGS.items()}
     return OutputPaths(
-        cortex=cortex or name("_cgm.nii.gz"),
-        brain=name("_brain.nii.gz"),
-        cortex_probabilities=name("_cgm_prob.nii.gz") if probabilities else None,
-        brain_probabilities=name("_brain_prob.nii.gz") if brain_probabilities else None,
-        sidecar=name(SIDECAR_ENDING),
-        dseg=name("_dseg.nii.gz") if dseg else None,
-        lookup=name("_dseg.tsv") if dseg else None,
-        report=name("_report.html") if report else None,
-        picture=name("_report.png") if report else None,
+        cortex=cortex or names["cortex"],
+        brain=names["brain"],
+        cortex_probabilities=names["cortex_probabilities"] if probabilities else None,
+        brain_probabilities=names["brain_probabilities"] if brain_probabilities else None,
+        sidecar=folder / f"{start}{SIDECAR_ENDING}",
+        dseg=names["dseg"] if dseg else None,
+        lookup=names["lookup"] if dseg else None,
+        report=names["report"] if report else None,
+        picture=names["picture"] if report else None,
     )
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a name that would become a folder's, and was not meant so."""
+    if out.name.lower().endswith(_OTHER_FILES) and not is_folder(out):
+        raise UsageError(
+            f"-o {out} is the name of a file of another kind",
+            expected="a folder, or for one scan a name ending in .nii or .nii.gz",
+            action="change its ending",
+        )
 
 
 def save(result: Segmentation, paths: OutputPaths) -> None:
@@ -195,6 +237,71 @@ def save(result: Segmentation, paths: OutputPaths) -> None:
         write_lookup(paths.lookup, "dseg")
     # The cortex comes last: where it is new, the files it belongs with are new too.
     nifti.write_labels(paths.cortex, result.cortex, geometry, description=notice)
+
+
+def remove_stale(paths: OutputPaths, inputs: Sequence[Path]) -> tuple[str, ...]:
+    """Remove what an earlier result of that name has besides this one, so that none contradicts it.
+
+    To be called when all files of this result but the sidecar are written. The earlier sidecar then
+    loses its seal first: it vouches for nothing any more, and if this is interrupted, the digests
+    in it still tell the next run what to remove.
+
+    Parameters
+    ----------
+    paths : OutputPaths
+    inputs : sequence of Path
+        Files that are read; they stay, whatever their names.
+
+    Returns
+    -------
+    tuple of str
+        Roles of the files that were removed: those of `OutputPaths.unasked` that the earlier
+        sidecar lists with the digest they have.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be removed.
+    """
+    earlier = _read_earlier(paths.sidecar)
+    kept = {_key(path) for path in (*inputs, *paths.all())}
+    stale = {
+        role: path
+        for role, path in paths.unasked().items()
+        if _key(path) not in kept and _is_listed(path, earlier, role)
+    }
+    if stale:
+        atomic_write_json(
+            paths.sidecar, {name: value for name, value in earlier.items() if name != "seal"}
+        )
+    for path in stale.values():
+        try:
+            path.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"{path}: {error.strerror or error}",
+                expected="a file of an earlier result, to remove it",
+                action="remove it, or choose another output folder",
+            ) from error
+    return tuple(stale)
+
+
+def _read_earlier(sidecar: Path) -> dict[str, Any]:
+    """An earlier sidecar, sealed or not; empty where there is none or it is something else."""
+    try:
+        found = json.loads(sidecar.read_bytes()) if sidecar.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_listed(path: Path, earlier: Mapping[str, Any], role: str) -> bool:
+    """Whether a file is there, and is the one that a sidecar lists."""
+    try:
+        digest = earlier["outputs"][role]["sha256"]
+        return path.is_file() and sha256_file(path) == digest
+    except (OSError, KeyError, TypeError):
+        return False
 
 
 def _check(

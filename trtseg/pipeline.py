@@ -7,9 +7,12 @@ What lies between the scan and the result runs on a device, and is in `trtseg.ch
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +22,7 @@ import numpy as np
 from trtseg import nifti
 from trtseg.backends.base import NetworkOutput
 from trtseg.chains import open_chain
-from trtseg.errors import InputError
+from trtseg.errors import InputError, UsageError
 from trtseg.home import engines_root
 from trtseg.logs import stopwatch
 from trtseg.orientation import check_unambiguous, restore, to_canonical
@@ -38,8 +41,11 @@ if TYPE_CHECKING:
     from trtseg.orientation import Orientation
     from trtseg.scan import Geometry, Scan
 
-#: What a result without any brain says.
-EMPTY_BRAIN = "no brain was found: both maps are empty"
+#: What a result without any brain says, whether it was not found or the mask given is empty.
+EMPTY_BRAIN = "no brain: both maps are empty"
+
+#: What its checks say where the mask given is empty.
+_EMPTY_MASK = "No brain was found: the mask given is empty, and so are both maps."
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Segmentation:
         Gestational age the checks go by, where it was given.
     description : str
         The very CPU or GPU and the library that drove it, for people.
+    mask_given : bool
+        Whether `brain` is a mask that was given.
     """
 
     cortex: NDArray[np.uint8]
@@ -86,6 +94,7 @@ class Segmentation:
     warnings: tuple[str, ...] = field(default=())
     ga_weeks: float | None = None
     description: str = ""
+    mask_given: bool = False
 
     @property
     def affine(self) -> NDArray[np.float64]:
@@ -95,7 +104,8 @@ class Segmentation:
     @cached_property
     def qc(self) -> Qc:
         """The checks of the result, made when first asked for; see `trtseg.qc.assess`."""
-        return assess(self.brain, self.cortex, self.geometry, ga_weeks=self.ga_weeks)
+        qc = assess(self.brain, self.cortex, self.geometry, ga_weeks=self.ga_weeks)
+        return _blame_mask(qc) if self.mask_given else qc
 
     @property
     def suspect(self) -> bool:
@@ -161,6 +171,7 @@ class Segmenter:
         )
         self.engines: Mapping[str, Engine | GpuEngine] = self.chain.engines
         self.models = self.engines["bdn"].models
+        self._closed = False
 
     @property
     def device(self) -> str:
@@ -188,6 +199,7 @@ class Segmenter:
         ga_weeks: float | None = None,
         progress: ChainProgress | None = None,
         following: Callable[[], Scan | None] | None = None,
+        name: str | None = None,
     ) -> Segmentation:
         """Segment one scan.
 
@@ -198,8 +210,9 @@ class Segmenter:
             `trtseg.scan.Scan` when it is called, which is then the reading.
         affine : ndarray, shape (4, 4), optional
             Voxel indices to millimetres; with an array only.
-        mask : path or ndarray of the scan's shape, optional
-            A brain mask that takes BDN's place; anything over 0.5 is brain.
+        mask : path, nibabel image or ndarray of the scan's shape, optional
+            A brain mask that takes BDN's place; anything over 0.5 is brain. A file or an image must
+            lie on the scan's grid.
         probabilities : bool
             Whether to keep the probability maps.
         reorient : bool
@@ -214,6 +227,8 @@ class Segmenter:
             Gives the scan of the next call once it is read, and None until then; it must not wait.
             A GPU uploads it beside the present one's networks; that scan's array must not change
             in between. Not called on a CPU, nor with `reorient`, which makes another array.
+        name : str, optional
+            What errors call the scan; default its path, where it is one.
 
         Returns
         -------
@@ -224,26 +239,36 @@ class Segmenter:
         InputError
             The scan or mask cannot be used as it is; the message says why.
         UsageError
-            The gestational age is no number from 18 to 45.
+            The gestational age is no number from 18 to 45; or the segmenter is closed.
         """
+        if self._closed:
+            raise UsageError(
+                "the segmenter is closed",
+                expected="one that is open",
+                action="make a new Segmenter, or segment inside its with block",
+            )
         if ga_weeks is not None:
-            check_ga(ga_weeks)
+            _check_ga(ga_weeks)
+        if name is None:
+            name = str(Path(scan)) if isinstance(scan, (str, os.PathLike)) else ""
         times: dict[str, float] = {}
         with stopwatch(times, "read"):
             image = _read(scan, affine)
             given = None if mask is None else _read_mask(mask, image)
             work, orientation = image, None
             if reorient:
-                check_unambiguous(image)
-                work, orientation = to_canonical(image)
+                with _naming(name):
+                    check_unambiguous(image)
+                    work, orientation = to_canonical(image)
                 given = None if given is None else orient(given, orientation)
-        output = self.chain.run(
-            work,
-            mask=given,
-            probabilities=probabilities,
-            progress=progress,
-            following=None if reorient else following,
-        )
+        with _naming(name):
+            output = self.chain.run(
+                work,
+                mask=given,
+                probabilities=probabilities,
+                progress=progress,
+                following=None if reorient else following,
+            )
         brain, cortex = output.brain, output.cortex
         if orientation is not None:
             brain, cortex = _restore(brain, orientation), _restore(cortex, orientation)
@@ -265,10 +290,12 @@ class Segmenter:
             warnings=warnings,
             ga_weeks=ga_weeks,
             description=self.description,
+            mask_given=mask is not None,
         )
 
     def close(self) -> None:
-        """Free the device."""
+        """Free the device; nothing can be segmented after it."""
+        self._closed = True
         self.chain.close()
 
     def __enter__(self) -> Segmenter:
@@ -317,6 +344,39 @@ def segment(
         )
 
 
+def _check_ga(ga_weeks: Any) -> None:
+    if not isinstance(ga_weeks, Real):
+        raise UsageError(
+            f"a gestational age that is no number ({type(ga_weeks).__name__})",
+            expected="a number of weeks, such as 27.4",
+        )
+    check_ga(float(ga_weeks))
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Let errors of what has no file of its own begin with a name, where there is one."""
+    try:
+        yield
+    except InputError as error:
+        if not name:
+            raise
+        found = f"{name}: {error.found}"
+        raise InputError(found, expected=error.expected, action=error.action) from error
+
+
+def _blame_mask(qc: Qc) -> Qc:
+    """The same checks, which lay an empty brain to the mask."""
+    return Qc(
+        tuple(
+            replace(check, line=_EMPTY_MASK)
+            if check.name == "brain_found" and check.verdict == "suspect"
+            else check
+            for check in qc.checks
+        )
+    )
+
+
 def _restore(output: NetworkOutput, orientation: Orientation) -> NetworkOutput:
     maps = output.probabilities
     return NetworkOutput(
@@ -347,4 +407,6 @@ def _read(scan: Any, affine: NDArray[Any] | None) -> Scan:
 def _read_mask(mask: Any, scan: Scan) -> NDArray[np.bool_]:
     if isinstance(mask, (str, os.PathLike)):
         return nifti.read_mask(Path(mask), scan.geometry, scan.shape)
+    if hasattr(mask, "affine"):
+        return nifti.mask_from_image(mask, scan.geometry, scan.shape)
     return nifti.mask_from_array(np.asarray(mask), scan.shape)

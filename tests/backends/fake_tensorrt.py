@@ -255,6 +255,7 @@ def _engine(fake: FakeTensorRT, data: dict[str, Any]) -> Any:
 
         def create_execution_context(self, chosen: Any) -> Any:
             strategy = chosen if fake.kind == "10.3" else chosen.strategy
+            assert not fake.rtx or chosen.cache is not None, "what is compiled would not be kept"
             assert strategy is Strategy.USER_MANAGED
             if fake.fails("context"):
                 return None

@@ -192,3 +192,10 @@ def test_progress_is_that_of_the_outermost_phase() -> None:
 @needs_rtx
 def test_the_double_is_like_the_library() -> None:
     assert_like(open_library("tensorrt_rtx").trt, "rtx")
+
+
+@needs_rtx
+def test_what_it_compiles_for() -> None:
+    known = open_library("tensorrt_rtx").compute_capabilities
+    assert {"7.5", "8.6", "8.9", "12.0"} <= set(known)
+    assert Library(full_tensorrt(), "tensorrt", "10.13").compute_capabilities == ()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trtseg.backends.base import Backend
     from trtseg.backends.tensorrt import TensorRTBackend
 
-#: Precisions of the CPU form; the first is the default.
+#: Precisions of the CPU form.
 PRECISIONS = ("f32", "bf16")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

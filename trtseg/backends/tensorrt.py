@@ -80,7 +80,7 @@ class TensorRTBackend:
                 self._chain = Chain(self._gpu)
                 if library is not None:
                     self._start(library)
-        except DeviceError:
+        except BaseException:
             self._gpu.close()
             raise
 
@@ -295,7 +295,7 @@ class TensorRTBackend:
             for _ in range(3):
                 for logits in self._chain.evaluate(session, inputs):
                     engine.check_selftest(logits)
-        except (DeviceError, EngineError):
+        except BaseException:
             session.close()
             raise
         session.keep_cache()

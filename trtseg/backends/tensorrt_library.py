@@ -81,6 +81,13 @@ class Library:
         return hasattr(self.trt, "ComputeCapability")
 
     @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """What it can be asked to compile for, such as ``8.6``; empty where it cannot be asked."""
+        members = getattr(getattr(self.trt, "ComputeCapability", None), "__members__", {})
+        names = [name[2:] for name in members if name.startswith("SM")]
+        return tuple(f"{name[:-1]}.{name[-1]}" for name in names)
+
+    @property
     def has_user_allocation(self) -> bool:
         """Whether an engine can promise to allocate nothing while it runs."""
         return self._member("BuilderFlag", "REQUIRE_USER_ALLOCATION") is not None
