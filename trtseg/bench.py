@@ -184,7 +184,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{shape} voxels, models {report['models']}, {report['precision']}"
     yield str(report["description"])
     yield f"start {report['start_s']:.2f} s, first scan {report['first_scan_s']:.2f} s"
-    yield f"{report['runs']} warm runs, seconds"
+    yield f"{report['runs']} warm run{'s' * (report['runs'] > 1)}, seconds"
     yield f"{'stage':<10} {'p50':>9} {'p95':>9} {'max':>9}"
     rows = {**report["stages"], "network": report["network"], "total": report["total"]}
     for name, row in rows.items():

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from trtseg.backends import ceilings
-from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.backends.openvino import OpenVINOBackend, openvino_module
+from trtseg.errors import DeviceError
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +33,32 @@ def test_it_runs():
     found = ceilings.cpu_ceilings(1, "f32")
     assert found.operations_per_second > 0
     assert found.bytes_per_second > 0
+
+
+@pytest.mark.parametrize("method", ["compile_model", "infer"])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Check 'ptr' failed:\nFailed to allocate 33554432 bytes of memory\n\n", MemoryError),
+        ("[CPU] Convolution node with name 'ceiling' can't alloc\n\n", MemoryError),
+        ("could not execute a primitive", DeviceError),
+    ],
+)
+def test_what_openvino_fails_with_is_told(monkeypatch, method, said, expected):
+    def fail(*_given, **_options):
+        raise RuntimeError(said)
+
+    openvino = openvino_module()
+    owner = openvino.Core if method == "compile_model" else openvino.InferRequest
+    monkeypatch.setattr(owner, method, fail)
+    with pytest.raises(expected):
+        ceilings.cpu_ceilings(1, "f32")
+
+
+def test_a_thread_there_is_no_room_for_is_a_memory_error(monkeypatch):
+    def fail(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(MemoryError):
+        ceilings.cpu_ceilings(2, "f32")

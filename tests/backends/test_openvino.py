@@ -495,9 +495,186 @@ def test_a_missing_graph_is_refused(graphs: dict[str, bytes], tmp_path: Path) ->
 def test_no_cpu_device_is_a_device_error(
     openvino: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino.Core, "available_devices", property(lambda _: ["NPU"]))
-    with pytest.raises(DeviceError, match="OpenVINO finds no CPU device"):
+    said = 'Device with "CPU" name is not registered in the OpenVINO Runtime'
+    monkeypatch.setattr(openvino.Core, "get_property", raising(failure(said)))
+    with pytest.raises(DeviceError) as caught:
         OpenVINOBackend()
+    assert caught.value.found == f"OpenVINO finds no CPU device ({said})"
+
+
+# OpenVINO's words where memory ran out, by the limit it was given on Linux.
+NO_MEMORY = [
+    "[CPU] Convolution node with name 'conv_0/WithoutBiases' can't alloc",
+    "[CPU] Pad node with name 'pad_10' Check 'ptr' failed at src/plugins/intel_cpu/src/"
+    "cpu_memory.cpp:257:\nFailed to allocate 26264000 bytes of memory",
+    "std::bad_alloc",
+    "Resource temporarily unavailable",
+    'Cannot load library "libopenvino_intel_cpu_plugin.so": failed to map segment from shared '
+    "object",
+]
+
+
+def failure(said: str) -> RuntimeError:
+    """What OpenVINO raises: where it came from, what it is, empty lines."""
+    return RuntimeError(f"Exception from src/inference/src/cpp/infer_request.cpp:224:\n{said}\n\n")
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("said", NO_MEMORY)
+@pytest.mark.parametrize("method", ["get_property", "read_model", "compile_model"])
+def test_no_memory_to_load_is_a_memory_error(
+    openvino: ModuleType,
+    graphs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(openvino.Core, method, raising(failure(said)))
+    with pytest.raises(MemoryError):
+        OpenVINOBackend(threads=1).compile(TINY, graphs)
+
+
+def test_a_graph_there_is_no_room_for_is_not_read(
+    openvino: ModuleType, graphs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # OpenVINO's reader ends the process where it finds no room for its copies.
+    read: list[object] = []
+    monkeypatch.setattr(openvino.Core, "read_model", lambda *given: read.append(given))
+    monkeypatch.setattr(module, "READING_BYTES", 1 << 60)
+    with pytest.raises(MemoryError):
+        OpenVINOBackend(threads=1).compile(TINY, graphs)
+    assert read == []
+
+
+def test_no_memory_to_import_openvino_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ImportError("libopenvino.so.2641: failed to map segment from shared object")
+    monkeypatch.setattr(module, "openvino_module", raising(missing))
+    with pytest.raises(MemoryError):
+        OpenVINOBackend()
+
+
+def test_an_openvino_that_is_not_installed_is_no_memory_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing = ModuleNotFoundError("No module named 'openvino'")
+    monkeypatch.setattr(module, "openvino_module", raising(missing))
+    with pytest.raises(ModuleNotFoundError):
+        OpenVINOBackend()
+
+
+class _Request:
+    """An infer request that fails, once it has answered some calls."""
+
+    def __init__(self, request: Any, error: RuntimeError, answers: int) -> None:
+        self._request = request
+        self._error = error
+        self._answers = answers
+
+    def infer(self, *given: Any, **options: Any) -> object:
+        if self._answers == 0:
+            raise self._error
+        self._answers -= 1
+        return self._request.infer(*given, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+@pytest.mark.parametrize("request_name", ["_normal", "_sub", "_fc"])
+@pytest.mark.parametrize("said", NO_MEMORY)
+def test_no_memory_to_run_is_a_memory_error_and_the_next_scan_runs(
+    network: OpenVINONetwork,
+    volume: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    request_name: str,
+    answers: int,
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_VOXELS", 1)
+    monkeypatch.setattr(module, "SUB_BATCH", 1)
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    expected = network.run(volume, plan, probabilities=True)
+    with monkeypatch.context() as broken:
+        request = _Request(getattr(network, request_name), failure(said), answers)
+        broken.setattr(network, request_name, request)
+        with pytest.raises(MemoryError):
+            network.run(volume, plan)
+    found = network.run(volume, plan, probabilities=True)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+
+@pytest.mark.parametrize("request_name", ["_normal", "_sub", "_fc"])
+def test_another_failure_to_run_is_a_device_error(
+    network: OpenVINONetwork,
+    volume: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+    request_name: str,
+) -> None:
+    error = failure("could not execute a primitive")
+    monkeypatch.setattr(network, request_name, _Request(None, error, 0))
+    with pytest.raises(DeviceError) as caught:
+        network.run(volume, tiling.plan_tiles(SHAPE, TINY))
+    assert caught.value.found == "OpenVINO failed on the CPU (could not execute a primitive)"
+    assert caught.value.expected
+    assert "pip install --force-reinstall openvino" in caught.value.action
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_no_memory_to_tidy_up_is_a_memory_error(
+    network: OpenVINONetwork, volume: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        release_memory = staticmethod(raising(failure("std::bad_alloc")))
+
+    monkeypatch.setattr(network, "_models", [Model()])
+    with pytest.raises(MemoryError):
+        network.run(volume, tiling.plan_tiles(SHAPE, TINY))
+
+
+def test_a_failure_without_words_is_a_device_error() -> None:
+    with pytest.raises(DeviceError, match="RuntimeError"), module.calling():
+        raise RuntimeError
+
+
+def test_what_a_progress_callback_raises_is_its_own(
+    network: OpenVINONetwork, volume: NDArray[np.float32]
+) -> None:
+    error = RuntimeError("no terminal")
+    with pytest.raises(RuntimeError) as caught:
+        network.run(volume, tiling.plan_tiles(SHAPE, TINY), progress=raising(error))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [*((said, MemoryError) for said in NO_MEMORY), ("no such layer", EngineError)],
+)
+def test_compiling_for_whole_tiles_fails_as_loading_does(
+    openvino: ModuleType,
+    graphs: dict[str, bytes],
+    volume: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    expected: type[Exception],
+) -> None:
+    tiny = OpenVINOBackend(threads=1).compile(TINY, graphs)
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    monkeypatch.setattr(module, "FIXED_SIZE_BOXES", 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(openvino.Core, "compile_model", raising(failure(said)))
+        with pytest.raises(expected):
+            tiny.run(volume, plan)
+    # The next scan compiles it.
+    assert tiny.run(volume, plan).labels.any()
 
 
 def test_a_closed_backend_leaves_its_networks_usable(

@@ -12,7 +12,7 @@ import numpy as np
 
 from trtseg.architecture import KERNEL
 from trtseg.backends.base import Ceilings
-from trtseg.backends.openvino import openvino_module, settings
+from trtseg.backends.openvino import calling, openvino_module, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,27 +32,35 @@ def cpu_ceilings(threads: int, precision: str) -> Ceilings:
     threads : int
     precision : str
         ``f32`` or ``bf16``.
+
+    Raises
+    ------
+    DeviceError
+        OpenVINO fails.
+    MemoryError
+        There is not enough memory for the measurement.
     """
     return Ceilings(2 * _convolution_rate(threads, precision), _copy_rate(threads))
 
 
 def _convolution_rate(threads: int, precision: str) -> float:
     """Multiply-adds a second."""
-    openvino = openvino_module()
-    opset = importlib.import_module("openvino.opset13")
     source, target, side = _CONVOLUTION
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, source, *[side + KERNEL - 1] * 3), dtype=np.float32)
     weight = rng.standard_normal((target, source, *[KERNEL] * 3), dtype=np.float32)
-    given = opset.parameter(image.shape, np.float32)
     none = [0, 0, 0]
-    node = opset.convolution(given, opset.constant(weight), [1, 1, 1], none, none, [1, 1, 1])
-    core = openvino.Core()
-    model = core.compile_model(
-        openvino.Model([node], [given], "ceiling"), "CPU", settings(threads, precision)
-    )
-    request = model.create_infer_request()
-    seconds = _median_seconds(lambda: request.infer([image], share_inputs=True))
+    with calling():
+        openvino = openvino_module()
+        opset = importlib.import_module("openvino.opset13")
+        given = opset.parameter(image.shape, np.float32)
+        node = opset.convolution(given, opset.constant(weight), [1, 1, 1], none, none, [1, 1, 1])
+        core = openvino.Core()
+        model = core.compile_model(
+            openvino.Model([node], [given], "ceiling"), "CPU", settings(threads, precision)
+        )
+        request = model.create_infer_request()
+        seconds = _median_seconds(lambda: request.infer([image], share_inputs=True))
     return float(side**3 * KERNEL**3 * source * target / seconds)
 
 
@@ -65,7 +73,10 @@ def _copy_rate(threads: int) -> float:
     def copy() -> None:
         workers = [threading.Thread(target=np.copyto, args=(there, here)) for here, there in parts]
         for worker in workers:
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError as error:  # there is no room for its stack
+                raise MemoryError(str(error)) from error
         for worker in workers:
             worker.join()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from trtseg.errors import DeviceError, EngineError
 from trtseg.phases import box_indices, cell_range, reach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from trtseg.architecture import NetworkSpec
     from trtseg.backends.base import Ceilings, Progress
     from trtseg.engine import Engine
+    from trtseg.errors import TrtsegError
     from trtseg.tiling import TilePlan
 
     Features = NDArray[np.float32]
@@ -68,6 +70,21 @@ VALUE_BYTES = {"f32": 4, "bf16": 2}
 #: rounding can move it, so that sharing changes no label.
 CLEAR_LOGIT = 1e-3
 
+#: Bytes that must be free to read a graph: far more than one of 14 MB takes, 28 MB, and far less
+#: than it takes to run.
+READING_BYTES = 1 << 27
+
+#: What OpenVINO, oneDNN, the C++ library and the loader of shared libraries say when memory runs
+#: out; "temporarily unavailable" is a thread for whose stack there is no room.
+NO_MEMORY = (
+    "can't alloc",
+    "Failed to allocate",
+    "bad_alloc",
+    "Resource temporarily unavailable",
+    "Cannot allocate memory",
+    "failed to map segment",
+)
+
 
 def available_threads() -> int:
     """Cores this process may run on, which on shared machines is fewer than the machine has."""
@@ -100,7 +117,9 @@ class OpenVINOBackend:
     Raises
     ------
     DeviceError
-        OpenVINO has no CPU device here, or the processor lacks the precision.
+        OpenVINO has no CPU device here, or fails, or the processor lacks the precision.
+    MemoryError
+        There is not enough memory to start OpenVINO.
     """
 
     device = "cpu"
@@ -108,14 +127,13 @@ class OpenVINOBackend:
     def __init__(self, *, threads: int | None = None, precision: str = "f32") -> None:
         self.threads = available_threads() if threads is None else threads
         self.precision = precision
-        self._core = openvino_module().Core()
-        if "CPU" not in self._core.available_devices:
-            raise DeviceError(
-                "OpenVINO finds no CPU device",
-                expected="an x86-64 or arm64 processor it supports",
-                action="install openvino again: pip install --force-reinstall openvino",
-            )
-        able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        # NumPy's OpenBLAS ends the process where there is no room for its buffer; it takes it at
+        # its first use, which must not come after the networks have filled the memory.
+        np.linalg.det(np.eye(2))
+        with calling():
+            self._core = openvino_module().Core()
+        with calling(_no_cpu):
+            able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in able:
             raise DeviceError(
                 "this processor has no bfloat16 arithmetic",
@@ -136,6 +154,10 @@ class OpenVINOBackend:
         ------
         EngineError
             OpenVINO refuses a graph.
+        DeviceError
+            OpenVINO fails otherwise.
+        MemoryError
+            The memory left is too small for the network.
         """
         names = [NORMAL_PART, FC_PART, *([SUB_PART] if len(engine.spec.pathways) > 1 else [])]
         return self.compile(engine.spec, {name: engine.file(name) for name in names})
@@ -147,23 +169,28 @@ class OpenVINOBackend:
         ------
         EngineError
             OpenVINO refuses a graph.
+        DeviceError
+            OpenVINO fails otherwise.
+        MemoryError
+            The memory left is too small for the network.
         """
-        models = {name: self._read(part) for name, part in parts.items()}
-        if self.precision == "bf16":
-            models = {
-                name: _handing_over_bf16(model, taken=name == FC_PART)
-                for name, model in models.items()
-            }
-        fc = models.pop(FC_PART)
-        compiled = {name: self._compile(model) for name, model in models.items()}
-        return OpenVINONetwork(
-            spec,
-            normal=compiled[NORMAL_PART],
-            sub=compiled.get(SUB_PART),
-            fc=self._compile(_copying_rows(fc)),
-            fc_of_sizes=functools.partial(self._compile_fixed, fc),
-            value_bytes=VALUE_BYTES[self.precision],
-        )
+        with calling():
+            models = {name: self._read(part) for name, part in parts.items()}
+            if self.precision == "bf16":
+                models = {
+                    name: _handing_over_bf16(model, taken=name == FC_PART)
+                    for name, model in models.items()
+                }
+            fc = models.pop(FC_PART)
+            compiled = {name: self._compile(model) for name, model in models.items()}
+            return OpenVINONetwork(
+                spec,
+                normal=compiled[NORMAL_PART],
+                sub=compiled.get(SUB_PART),
+                fc=self._compile(_copying_rows(fc)),
+                fc_of_sizes=functools.partial(self._compile_fixed, fc),
+                value_bytes=VALUE_BYTES[self.precision],
+            )
 
     def ceilings(self) -> Ceilings:
         """Measure one large convolution and one large copy on as many threads."""
@@ -177,17 +204,15 @@ class OpenVINOBackend:
         return self._compile(fixed)
 
     def _read(self, graph: Path | bytes) -> Any:
-        try:
-            return self._core.read_model(graph if isinstance(graph, bytes) else str(graph))
-        except RuntimeError as error:
-            name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
-            raise _refused(name, error) from error
+        name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
+        # Without room for its copies OpenVINO's reader crashes; NumPy raises. No page is touched.
+        np.empty(READING_BYTES, np.uint8)
+        with calling(functools.partial(_refused, name)):
+            return self._core.read_model(graph if isinstance(graph, bytes) else name)
 
     def _compile(self, model: Any) -> Any:
-        try:
+        with calling(functools.partial(_refused, model.get_friendly_name())):
             return self._core.compile_model(model, "CPU", settings(self.threads, self.precision))
-        except RuntimeError as error:
-            raise _refused(model.get_friendly_name(), error) from error
 
     def close(self) -> None:
         """Drop the library's handle; compiled networks go with their last reference."""
@@ -237,8 +262,9 @@ class OpenVINONetwork:
                 self._run_block(padded, block, computed, output)
         finally:
             # Room for the other network: what a block's layers filled is several times the scan.
-            for model in self._models:
-                model.release_memory()
+            with calling():
+                for model in self._models:
+                    model.release_memory()
         return NetworkOutput(output.labels, output.maps)
 
     def work(self, volume: NDArray[np.float32], plan: TilePlan) -> Work:
@@ -292,9 +318,10 @@ class OpenVINONetwork:
         # By the plan alone, whatever ran before: the two may round in different orders.
         self._fixed = whole >= FIXED_SIZE_BOXES
         if self._fixed and self._fc_of_whole is None:
-            model = self._fc_of_sizes(self._whole_sizes())
+            with calling():
+                model = self._fc_of_sizes(self._whole_sizes())
+                self._fc_of_whole = model.create_infer_request()
             self._models.append(model)
-            self._fc_of_whole = model.create_infer_request()
 
     def _is_whole(self, box: NDArray[np.integer[Any]]) -> bool:
         return bool((box[:, 1] - box[:, 0] == self.spec.out).all())
@@ -339,16 +366,19 @@ class OpenVINONetwork:
 
     def _features(self, image: Features) -> _Maps:
         """Normal-pathway features (C, i, j, k) of an image region; valid until the next call."""
-        self._normal.infer({"normal": np.ascontiguousarray(image)[None, None]}, share_inputs=True)
-        features: _Maps = _maps(self._normal.get_output_tensor(0))[0]
+        with calling():
+            request = self._normal
+            request.infer({"normal": np.ascontiguousarray(image)[None, None]}, share_inputs=True)
+            features: _Maps = _maps(request.get_output_tensor(0))[0]
         return features
 
     def _sub_features(self, inputs: dict[str, Features]) -> dict[str, _Maps]:
         """Features (N, C, cells ...) of the subsampled pathways; valid until the next call."""
         if not inputs:
             return {}
-        self._sub.infer(inputs, share_inputs=True)
-        return {name: _maps(self._sub.get_tensor(f"{name}.features")) for name in inputs}
+        with calling():
+            self._sub.infer(inputs, share_inputs=True)
+            return {name: _maps(self._sub.get_tensor(f"{name}.features")) for name in inputs}
 
     def _decide(
         self,
@@ -372,8 +402,9 @@ class OpenVINONetwork:
             inputs[f"{name}.variant"], inputs[f"{name}.cell"] = variant, cell
         fixed = self._fixed and self._is_whole(box)
         request = self._fc_of_whole if fixed else self._fc
-        request.infer(inputs, share_inputs=True)
-        logits: Features = request.get_output_tensor(0).data
+        with calling():
+            request.infer(inputs, share_inputs=True)
+            logits: Features = request.get_output_tensor(0).data
         return logits.reshape(box[:, 1] - box[:, 0])
 
 
@@ -509,9 +540,51 @@ def _window(maps: _Maps, origin: NDArray[np.int64], wanted: NDArray[np.int64], s
     return np.ascontiguousarray(cut)[None]
 
 
-def _refused(name: str, error: RuntimeError) -> EngineError:
+@contextmanager
+def calling(refused: Callable[[str], TrtsegError] | None = None) -> Iterator[None]:
+    """Turn what OpenVINO raises inside into errors that say what to do.
+
+    Parameters
+    ----------
+    refused : callable, optional
+        Makes the error to raise from OpenVINO's last line, where it is not for want of memory;
+        default a DeviceError.
+
+    Raises
+    ------
+    MemoryError
+        Memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, ImportError) as error:
+        said = str(error).strip()
+        if any(words in said for words in NO_MEMORY):
+            raise MemoryError(said) from error
+        if isinstance(error, ImportError):
+            raise  # a package that is not here, or not whole, is no failure of OpenVINO's
+        raise (refused or _failed)(said.rpartition("\n")[2] or type(error).__name__) from error
+
+
+def _no_cpu(said: str) -> DeviceError:
+    return DeviceError(
+        f"OpenVINO finds no CPU device ({said})",
+        expected="an x86-64 or arm64 processor it supports",
+        action="install openvino again: pip install --force-reinstall openvino",
+    )
+
+
+def _failed(said: str) -> DeviceError:
+    return DeviceError(
+        f"OpenVINO failed on the CPU ({said})",
+        expected="a processor and an OpenVINO that run what trtseg built",
+        action="run it again; if it fails again: pip install --force-reinstall openvino",
+    )
+
+
+def _refused(name: str, said: str) -> EngineError:
     return EngineError(
-        f"{name}: OpenVINO cannot run it ({str(error).strip().splitlines()[-1]})",
+        f"{name}: OpenVINO cannot run it ({said})",
         expected="a graph that trtseg built",
         action="build again: trtseg engines build",
     )
