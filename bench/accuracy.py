@@ -59,7 +59,7 @@ class Pair:
     """One network in float32 and with float16's rounding."""
 
     def __init__(self, engine: Engine, form: str) -> None:
-        weights = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), engine.spec)
+        weights = FrozenNetwork.from_bytes(engine.read(WEIGHTS), engine.spec)
         self.engine, self.form = engine, form
         self.exact = OpenVINOBackend().load(engine)
         self.half = HalfNetwork(engine.spec, form_graph(weights, form, batch=1))

@@ -400,7 +400,7 @@ def torch_batch(
     """Seconds of one batch of tiles in the published form, in the faster of two memory orders."""
     from torch_network import TorchNetwork
 
-    weights = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), spec)
+    weights = FrozenNetwork.from_bytes(engine.read(WEIGHTS), spec)
     torch.backends.cudnn.benchmark = True  # the fastest kernels that cuDNN has, as users set it
     seconds = []
     for order in (torch.contiguous_format, torch.channels_last_3d):

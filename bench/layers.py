@@ -139,7 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         build_models(models, Path(name))
         engine = load_engine(Path(name), options.models, "cgm")
-        network = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), engine.spec)
+        network = FrozenNetwork.from_bytes(engine.read(WEIGHTS), engine.spec)
     rows = measure(library, network, options.batch)
     print(f"{library.name} {library.version}, no GPU present\n")
     show(rows)

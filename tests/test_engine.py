@@ -91,8 +91,8 @@ def test_round_trip(root, engine):
     assert loaded.spec == SPEC
     assert (loaded.models, loaded.net, loaded.notice) == ("tiny", "bdn", "not for use")
     assert loaded.folder == root / "tiny" / "bdn" == engine_folder(root, "tiny", "bdn")
-    assert loaded.file("normal.onnx").read_bytes() == b"the graph"
-    assert loaded.file("weights.npz").read_bytes() == b"the weights"
+    assert loaded.read("normal.onnx") == b"the graph"
+    assert loaded.read("weights.npz") == b"the weights"
 
 
 def test_what_lies_in_the_folder(root, engine):
@@ -134,7 +134,7 @@ def test_the_checkpoint_need_not_be_known(root):
 
 def test_more_files_than_the_two(tmp_path):
     build(tmp_path, files={**FILES, "kernels.cu": b"more"})
-    assert load_engine(tmp_path, "tiny", "bdn").file("kernels.cu").read_bytes() == b"more"
+    assert load_engine(tmp_path, "tiny", "bdn").read("kernels.cu") == b"more"
     (tmp_path / "tiny" / "bdn" / "kernels.cu").write_bytes(b"mare")
     with pytest.raises(EngineError, match=r"kernels\.cu: SHA-256"):
         load_engine(tmp_path, "tiny", "bdn")

@@ -212,7 +212,7 @@ def test_only_the_seal_shows_a_changed_fact(root: Path) -> None:
 def test_a_file_is_checked_as_it_is_read(root: Path) -> None:
     engine = load_engine(root, "tiny", "bdn")
     assert engine.read("fc.onnx") == b"older"
-    engine.file("fc.onnx").write_bytes(b"oldes")
+    (engine.folder / "fc.onnx").write_bytes(b"oldes")
     with pytest.raises(EngineError, match=r"fc\.onnx: SHA-256 .* damaged or foreign"):
         engine.read("fc.onnx")
     with pytest.raises(EngineError, match=r"b1\.engine: not listed in the manifest"):

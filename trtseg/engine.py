@@ -55,10 +55,6 @@ class Engine(SealedNetwork):
         kept=GPU_FOLDER,
     )
 
-    def file(self, name: str) -> Path:
-        """Path of one of the engine's files."""
-        return self.folder / name
-
 
 def engine_folder(root: Path, models: str, net: str) -> Path:
     """Where the engine of one network lies."""

@@ -480,16 +480,32 @@ def test_a_broken_graph_is_refused(
     backend = OpenVINOBackend(threads=1)
     with pytest.raises(EngineError) as caught:
         backend.load(engine)
-    assert str(engine.file(part)) in caught.value.found
+    assert str(engine.folder / part) in caught.value.found
     assert "trtseg engines build" in caught.value.action
     assert "\n" not in str(caught.value)
-    with pytest.raises(EngineError, match="a graph in memory: OpenVINO cannot run it"):
+    with pytest.raises(EngineError, match=f"{part} in memory: OpenVINO cannot run it"):
         backend.compile(TINY, broken)
 
 
-def test_a_missing_graph_is_refused(graphs: dict[str, bytes], tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"none\.onnx: OpenVINO cannot run it"):
-        OpenVINOBackend(threads=1).compile(TINY, {**graphs, "fc.onnx": tmp_path / "none.onnx"})
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"another")])
+def test_a_graph_that_went_or_changed_since_it_was_verified_is_refused(
+    build: Callable[[Mapping[str, bytes]], Engine],
+    graphs: dict[str, bytes],
+    change: Callable[[Path], object],
+) -> None:
+    engine = build(graphs)
+    change(engine.folder / "fc.onnx")
+    with pytest.raises(EngineError, match=r"fc\.onnx: "):
+        OpenVINOBackend(threads=1).load(engine)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_is_an_error(value: float) -> None:
+    plan = tiling.plan_tiles((9, 9, 9), TINY)
+    logits = np.zeros(plan.boxes[0][:, 1] - plan.boxes[0][:, 0], np.float32)
+    logits[0, 0, 0] = value
+    with pytest.raises(EngineError, match="values that are not finite"):
+        module._Output(plan, False, None).decide(0, logits, plan.boxes[0][:, 0])
 
 
 def test_no_cpu_device_is_a_device_error(

@@ -224,7 +224,7 @@ def test_a_volume_is_stitched_as_every_backend_does() -> None:
 @pytest.mark.parametrize("net", ["bdn", "cgm"])
 def test_one_golden_tile_with_trained_weights(net: str, engines_root: Path) -> None:
     engine = load_engine(engines_root, "demo", net)
-    frozen = FrozenNetwork.from_bytes(engine.file("weights.npz").read_bytes(), engine.spec)
+    frozen = FrozenNetwork.from_bytes(engine.read("weights.npz"), engine.spec)
     volume = z_score(read_scan(golden_scan("chain_crop"))).data
     plan = tiling.plan_tiles(volume.shape, engine.spec)
     # A tile's voxels that no later tile overwrites.

@@ -160,10 +160,21 @@ class OpenVINOBackend:
             The memory left is too small for the network.
         """
         names = [NORMAL_PART, FC_PART, *([SUB_PART] if len(engine.spec.pathways) > 1 else [])]
-        return self.compile(engine.spec, {name: engine.file(name) for name in names})
+        parts = {name: engine.read(name) for name in names}
+        return self.compile(engine.spec, parts, folder=engine.folder)
 
-    def compile(self, spec: NetworkSpec, parts: Mapping[str, Path | bytes]) -> OpenVINONetwork:
-        """Compile the parts of a network, files or their content, by file name.
+    def compile(
+        self, spec: NetworkSpec, parts: Mapping[str, bytes], *, folder: Path | None = None
+    ) -> OpenVINONetwork:
+        """Compile the parts of a network.
+
+        Parameters
+        ----------
+        spec : NetworkSpec
+        parts : mapping of str to bytes
+            File name to content.
+        folder : Path, optional
+            Where they were read, for errors.
 
         Raises
         ------
@@ -175,7 +186,7 @@ class OpenVINOBackend:
             The memory left is too small for the network.
         """
         with calling():
-            models = {name: self._read(part) for name, part in parts.items()}
+            models = {name: self._read(name, part, folder) for name, part in parts.items()}
             if self.precision == "bf16":
                 models = {
                     name: _handing_over_bf16(model, taken=name == FC_PART)
@@ -203,12 +214,12 @@ class OpenVINOBackend:
         fixed.reshape({name: list(size) for name, size in sizes.items()})
         return self._compile(fixed)
 
-    def _read(self, graph: Path | bytes) -> Any:
-        name = "a graph in memory" if isinstance(graph, bytes) else str(graph)
+    def _read(self, part: str, graph: bytes, folder: Path | None) -> Any:
+        name = f"{part} in memory" if folder is None else str(folder / part)
         # Without room for its copies OpenVINO's reader crashes; NumPy raises. No page is touched.
         np.empty(READING_BYTES, np.uint8)
         with calling(functools.partial(_refused, name)):
-            return self._core.read_model(graph if isinstance(graph, bytes) else name)
+            return self._core.read_model(graph)
 
     def _compile(self, model: Any) -> Any:
         with calling(functools.partial(_refused, model.get_friendly_name())):
@@ -241,7 +252,6 @@ class OpenVINONetwork:
         self._fc_of_sizes = fc_of_sizes
         # The last part compiled for whole tiles, once that has paid.
         self._fc_of_whole: Any = None
-        self._fixed = False
 
     def run(
         self,
@@ -257,9 +267,9 @@ class OpenVINONetwork:
         try:
             varied = self._settle_constant_tiles(padded, output)
             computed = _computed_boxes(plan)
-            self._fix_size(computed, varied)
+            whole = self._for_whole_tiles(computed, varied)
             for block in tiling.group_tiles(computed, varied, max_voxels=BLOCK_VOXELS):
-                self._run_block(padded, block, computed, output)
+                self._run_block(padded, block, computed, output, whole)
         finally:
             # Room for the other network: what a block's layers filled is several times the scan.
             with calling():
@@ -272,7 +282,9 @@ class OpenVINONetwork:
         padded = tiling.pad(volume, plan)
         constant = [_constant_value(padded, start, self.spec) for start in plan.starts]
         varied = np.array([n for n, value in enumerate(constant) if value is None], np.intp)
-        return executed(plan, varied, block_voxels=BLOCK_VOXELS, value_bytes=self._value_bytes)
+        return executed(
+            _computed_boxes(plan), varied, block_voxels=BLOCK_VOXELS, value_bytes=self._value_bytes
+        )
 
     def tile_logits(self, inputs: Mapping[str, Features]) -> Features:
         """Class difference of one whole tile, float32 (out, out, out).
@@ -285,7 +297,9 @@ class OpenVINONetwork:
         features = self._features(inputs["normal"][0, 0])
         subs = self._sub_features({k: v for k, v in inputs.items() if k != "normal"})
         box = np.array([[0, self.spec.out]] * 3)
-        return self._decide(features, box, box, {name: one[0] for name, one in subs.items()})
+        return self._decide(
+            self._fc, features, box, box, {name: one[0] for name, one in subs.items()}
+        )
 
     def _settle_constant_tiles(self, padded: Features, output: _Output) -> NDArray[np.intp]:
         """Decide the tiles that see one value only; gives the indices of the others."""
@@ -312,16 +326,18 @@ class OpenVINONetwork:
         logits = self.tile_logits(inputs)
         return float(logits.flat[0]) if np.abs(logits).min() > CLEAR_LOGIT else None
 
-    def _fix_size(self, plan: TilePlan, tiles: NDArray[np.intp]) -> None:
-        """Compile the last part for whole tiles, where there are many."""
+    def _for_whole_tiles(self, plan: TilePlan, tiles: NDArray[np.intp]) -> Any:
+        """What runs the last part for whole tiles: where there are many, one of that fixed size."""
         whole = sum(self._is_whole(plan.boxes[tile]) for tile in tiles)
         # By the plan alone, whatever ran before: the two may round in different orders.
-        self._fixed = whole >= FIXED_SIZE_BOXES
-        if self._fixed and self._fc_of_whole is None:
+        if whole < FIXED_SIZE_BOXES:
+            return self._fc
+        if self._fc_of_whole is None:
             with calling():
                 model = self._fc_of_sizes(self._whole_sizes())
                 self._fc_of_whole = model.create_infer_request()
             self._models.append(model)
+        return self._fc_of_whole
 
     def _is_whole(self, box: NDArray[np.integer[Any]]) -> bool:
         return bool((box[:, 1] - box[:, 0] == self.spec.out).all())
@@ -342,7 +358,7 @@ class OpenVINONetwork:
         return sizes
 
     def _run_block(
-        self, padded: Features, block: tiling.Block, plan: TilePlan, output: _Output
+        self, padded: Features, block: tiling.Block, plan: TilePlan, output: _Output, whole: Any
     ) -> None:
         spec = self.spec
         reached = np.add(block.region, (0, spec.receptive_field - 1))
@@ -357,6 +373,7 @@ class OpenVINONetwork:
                 start = plan.starts[tile].astype(np.int64)[:, None]
                 box = plan.boxes[tile]
                 logits = self._decide(
+                    whole if self._is_whole(box) else self._fc,
                     features,
                     block.region - start,
                     box - start,
@@ -382,6 +399,7 @@ class OpenVINONetwork:
 
     def _decide(
         self,
+        request: Any,
         features: _Maps,
         region: NDArray[np.int64],
         box: NDArray[np.int64],
@@ -400,8 +418,6 @@ class OpenVINONetwork:
             variant, cell = _indices((*i, *j, *k), factor, kernel)
             inputs[name] = _tensor(cut)
             inputs[f"{name}.variant"], inputs[f"{name}.cell"] = variant, cell
-        fixed = self._fixed and self._is_whole(box)
-        request = self._fc_of_whole if fixed else self._fc
         with calling():
             request.infer(inputs, share_inputs=True)
             logits: Features = request.get_output_tensor(0).data
@@ -427,6 +443,13 @@ class _Output:
         box = self.plan.boxes[tile]
         where = tuple(slice(low, high) for low, high in box)
         logits = logits[tuple(slice(low, high) for low, high in box - origin[:, None])]
+        if not np.isfinite(logits).all():
+            raise EngineError(
+                "the network gave values that are not finite",
+                expected="finite logits, which the build found on its own tile",
+                action="run in float32 if this was another precision; else build again: trtseg "
+                "engines build",
+            )
         self.labels[where] = logits > 0
         if self.maps is not None:
             self.maps[where] = logistic(logits)

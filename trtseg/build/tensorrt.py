@@ -295,7 +295,7 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
         else:
             if there.manifest["cache_key"] == cache_key(recipe):
                 return there
-    network = FrozenNetwork.from_bytes(engine.file(WEIGHTS).read_bytes(), spec)
+    network = FrozenNetwork.from_bytes(engine.read(WEIGHTS), spec)
     say(f"{name}: evaluating float16 rounding on the CPU")
     inputs = _demo_tile(spec)
     fitted = _fit(engine, network, form, inputs)
