@@ -214,7 +214,7 @@ def test_f16_asks_for_a_gpu(gpu: FakeTensorRT, root: Path) -> None:
 def test_options_that_contradict_each_other(tmp_path, device, precision, said) -> None:
     with pytest.raises(UsageError) as caught:
         open_chain("demo", tmp_path, device=device, precision=precision)
-    assert str(caught.value) == said
+    assert str(caught.value).startswith(said)
 
 
 def test_the_scan_that_follows_goes_up_beside_the_present_one(

@@ -180,7 +180,11 @@ def _chosen(device: str, precision: str | None) -> str:
         return kind
     if not device.startswith(kind):
         there = ", ".join(one for one, at in PRECISIONS.items() if device.startswith(at))
-        raise UsageError(f"precision {precision} with device {device}", expected=there)
+        raise UsageError(
+            f"precision {precision} with device {device}",
+            expected=there,
+            action="choose one of these, or leave the precision out",
+        )
     return device
 
 

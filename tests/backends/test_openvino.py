@@ -525,6 +525,7 @@ NO_MEMORY = [
     "cpu_memory.cpp:257:\nFailed to allocate 26264000 bytes of memory",
     "std::bad_alloc",
     "Resource temporarily unavailable",
+    "[CPU] Convolution node with name 'conv_29' std::future_error: Broken promise",
     'Cannot load library "libopenvino_intel_cpu_plugin.so": failed to map segment from shared '
     "object",
 ]

@@ -75,13 +75,15 @@ CLEAR_LOGIT = 1e-3
 READING_BYTES = 1 << 27
 
 #: What OpenVINO, oneDNN, the C++ library and the loader of shared libraries say when memory runs
-#: out; "temporarily unavailable" is a thread for whose stack there is no room.
+#: out; "temporarily unavailable" is a thread for whose stack there is no room, "Broken promise" a
+#: kernel that memory was lacking for before, which oneDNN's cache does not try to make again.
 NO_MEMORY = (
     "can't alloc",
     "Failed to allocate",
     "bad_alloc",
     "Resource temporarily unavailable",
     "Cannot allocate memory",
+    "Broken promise",
     "failed to map segment",
 )
 
