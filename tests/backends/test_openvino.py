@@ -56,6 +56,12 @@ def network(graphs: dict[str, bytes]) -> OpenVINONetwork:
     return OpenVINOBackend(threads=1).compile(TINY, graphs)
 
 
+@pytest.fixture
+def own_network(graphs: dict[str, bytes]) -> OpenVINONetwork:
+    """One of the test's own, for those that break it."""
+    return OpenVINOBackend(threads=1).compile(TINY, graphs)
+
+
 @pytest.fixture(scope="module")
 def volume() -> NDArray[np.float32]:
     return noise(SHAPE)
@@ -585,29 +591,23 @@ def test_an_openvino_that_is_not_installed_is_no_memory_error(
         OpenVINOBackend()
 
 
-class _Request:
-    """An infer request that fails, once it has answered some calls."""
+def failing(request: Any, error: RuntimeError, answers: int) -> Callable[..., object]:
+    """An infer request's `infer` that fails once it has answered some calls."""
+    infer, results = request.infer, iter(range(answers))
 
-    def __init__(self, request: Any, error: RuntimeError, answers: int) -> None:
-        self._request = request
-        self._error = error
-        self._answers = answers
+    def call(*given: object, **options: object) -> object:
+        if next(results, None) is None:
+            raise error
+        return infer(*given, **options)
 
-    def infer(self, *given: Any, **options: Any) -> object:
-        if self._answers == 0:
-            raise self._error
-        self._answers -= 1
-        return self._request.infer(*given, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)
+    return call
 
 
 @pytest.mark.parametrize("answers", [0, 1])
 @pytest.mark.parametrize("request_name", ["_normal", "_sub", "_fc"])
 @pytest.mark.parametrize("said", NO_MEMORY)
 def test_no_memory_to_run_is_a_memory_error_and_the_next_scan_runs(
-    network: OpenVINONetwork,
+    own_network: OpenVINONetwork,
     volume: NDArray[np.float32],
     monkeypatch: pytest.MonkeyPatch,
     said: str,
@@ -617,28 +617,28 @@ def test_no_memory_to_run_is_a_memory_error_and_the_next_scan_runs(
     monkeypatch.setattr(module, "BLOCK_VOXELS", 1)
     monkeypatch.setattr(module, "SUB_BATCH", 1)
     plan = tiling.plan_tiles(SHAPE, TINY)
-    expected = network.run(volume, plan, probabilities=True)
-    with monkeypatch.context() as broken:
-        request = _Request(getattr(network, request_name), failure(said), answers)
-        broken.setattr(network, request_name, request)
-        with pytest.raises(MemoryError):
-            network.run(volume, plan)
-    found = network.run(volume, plan, probabilities=True)
+    expected = own_network.run(volume, plan, probabilities=True)
+    request = getattr(own_network, request_name)
+    monkeypatch.setattr(request, "infer", failing(request, failure(said), answers))
+    with pytest.raises(MemoryError):
+        own_network.run(volume, plan)
+    found = own_network.run(volume, plan, probabilities=True)
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_array_equal(found.probabilities, expected.probabilities)
 
 
 @pytest.mark.parametrize("request_name", ["_normal", "_sub", "_fc"])
 def test_another_failure_to_run_is_a_device_error(
-    network: OpenVINONetwork,
+    own_network: OpenVINONetwork,
     volume: NDArray[np.float32],
     monkeypatch: pytest.MonkeyPatch,
     request_name: str,
 ) -> None:
     error = failure("could not execute a primitive")
-    monkeypatch.setattr(network, request_name, _Request(None, error, 0))
+    request = getattr(own_network, request_name)
+    monkeypatch.setattr(request, "infer", failing(request, error, 0))
     with pytest.raises(DeviceError) as caught:
-        network.run(volume, tiling.plan_tiles(SHAPE, TINY))
+        own_network.run(volume, tiling.plan_tiles(SHAPE, TINY))
     assert caught.value.found == "OpenVINO failed on the CPU (could not execute a primitive)"
     assert caught.value.expected
     assert "pip install --force-reinstall openvino" in caught.value.action
@@ -646,15 +646,53 @@ def test_another_failure_to_run_is_a_device_error(
     assert caught.value.__cause__ is error
 
 
+def test_what_failed_is_compiled_anew_for_the_next_scan(
+    graphs: dict[str, bytes],
+    volume: NDArray[np.float32],
+    compiled: list[tuple[dict, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # OpenVINO's graphs are left between two shapes: used again they can give another scan's answer.
+    tiny = OpenVINOBackend(threads=1).compile(TINY, graphs)
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    tiny.run(volume, plan)
+    assert len(compiled) == len(PARTS)
+    monkeypatch.setattr(tiny._fc, "infer", raising(failure("could not execute a primitive")))
+    with pytest.raises(DeviceError):
+        tiny.run(volume, plan)
+    assert len(compiled) == len(PARTS)
+    for _ in range(2):
+        tiny.run(volume, plan)
+        assert len(compiled) == 2 * len(PARTS)
+
+
+def test_no_memory_to_compile_anew_leaves_the_scan_after_it_to_run(
+    openvino: ModuleType,
+    own_network: OpenVINONetwork,
+    volume: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    expected = own_network.run(volume, plan)
+    no_memory = raising(failure("std::bad_alloc"))
+    monkeypatch.setattr(own_network._fc, "infer", no_memory)
+    with monkeypatch.context() as broken:
+        broken.setattr(openvino.Core, "compile_model", no_memory)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                own_network.run(volume, plan)
+    np.testing.assert_array_equal(own_network.run(volume, plan).labels, expected.labels)
+
+
 def test_no_memory_to_tidy_up_is_a_memory_error(
-    network: OpenVINONetwork, volume: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+    own_network: OpenVINONetwork, volume: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Model:
         release_memory = staticmethod(raising(failure("std::bad_alloc")))
 
-    monkeypatch.setattr(network, "_models", [Model()])
+    monkeypatch.setattr(own_network, "_models", [Model()])
     with pytest.raises(MemoryError):
-        network.run(volume, tiling.plan_tiles(SHAPE, TINY))
+        own_network.run(volume, tiling.plan_tiles(SHAPE, TINY))
 
 
 def test_a_failure_without_words_is_a_device_error() -> None:
@@ -663,11 +701,11 @@ def test_a_failure_without_words_is_a_device_error() -> None:
 
 
 def test_what_a_progress_callback_raises_is_its_own(
-    network: OpenVINONetwork, volume: NDArray[np.float32]
+    own_network: OpenVINONetwork, volume: NDArray[np.float32]
 ) -> None:
     error = RuntimeError("no terminal")
     with pytest.raises(RuntimeError) as caught:
-        network.run(volume, tiling.plan_tiles(SHAPE, TINY), progress=raising(error))
+        own_network.run(volume, tiling.plan_tiles(SHAPE, TINY), progress=raising(error))
     assert caught.value is error
 
 

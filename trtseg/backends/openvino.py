@@ -21,7 +21,7 @@ from trtseg import tiling
 from trtseg.backends.base import NetworkOutput, Work, logistic
 from trtseg.backends.work import executed
 from trtseg.engine import FC_PART, NORMAL_PART, SUB_PART
-from trtseg.errors import DeviceError, EngineError
+from trtseg.errors import DeviceError, EngineError, TrtsegError
 from trtseg.phases import box_indices, cell_range, reach
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from trtseg.architecture import NetworkSpec
     from trtseg.backends.base import Ceilings, Progress
     from trtseg.engine import Engine
-    from trtseg.errors import TrtsegError
     from trtseg.tiling import TilePlan
 
     Features = NDArray[np.float32]
@@ -194,22 +193,22 @@ class OpenVINOBackend:
                     name: _handing_over_bf16(model, taken=name == FC_PART)
                     for name, model in models.items()
                 }
-            fc = models.pop(FC_PART)
-            compiled = {name: self._compile(model) for name, model in models.items()}
-            return OpenVINONetwork(
-                spec,
-                normal=compiled[NORMAL_PART],
-                sub=compiled.get(SUB_PART),
-                fc=self._compile(_copying_rows(fc)),
-                fc_of_sizes=functools.partial(self._compile_fixed, fc),
-                value_bytes=VALUE_BYTES[self.precision],
-            )
+        return OpenVINONetwork(
+            spec,
+            compiled=functools.partial(self._compile_all, models),
+            fc_of_sizes=functools.partial(self._compile_fixed, models[FC_PART]),
+            value_bytes=VALUE_BYTES[self.precision],
+        )
 
     def ceilings(self) -> Ceilings:
         """Measure one large convolution and one large copy on as many threads."""
         from trtseg.backends.ceilings import cpu_ceilings
 
         return cpu_ceilings(self.threads, self.precision)
+
+    def _compile_all(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        free = {**models, FC_PART: _copying_rows(models[FC_PART])}
+        return {name: self._compile(model) for name, model in free.items()}
 
     def _compile_fixed(self, model: Any, sizes: dict[str, Sequence[int]]) -> Any:
         fixed = model.clone()
@@ -239,21 +238,32 @@ class OpenVINONetwork:
         self,
         spec: NetworkSpec,
         *,
-        normal: Any,
-        sub: Any,
-        fc: Any,
+        compiled: Callable[[], Mapping[str, Any]],
         fc_of_sizes: Callable[[dict[str, Sequence[int]]], Any],
         value_bytes: int,
     ) -> None:
         self.spec = spec
         self._value_bytes = value_bytes
-        self._models = [model for model in (normal, sub, fc) if model is not None]
-        self._normal = normal.create_infer_request()
-        self._sub: Any = None if sub is None else sub.create_infer_request()
-        self._fc = fc.create_infer_request()
+        self._compiled = compiled
         self._fc_of_sizes = fc_of_sizes
+        self._start()
+
+    def _start(self) -> None:
+        """Compile the parts."""
+        with calling():
+            models = self._compiled()
+            requests = {name: model.create_infer_request() for name, model in models.items()}
+        self._models = list(models.values())
+        self._normal: Any = requests[NORMAL_PART]
+        self._sub: Any = requests.get(SUB_PART)
+        self._fc: Any = requests[FC_PART]
         # The last part compiled for whole tiles, once that has paid.
         self._fc_of_whole: Any = None
+
+    def _drop(self) -> None:
+        """Free all that is compiled; `run` compiles it anew."""
+        self._models = []
+        self._normal = self._sub = self._fc = self._fc_of_whole = None
 
     def run(
         self,
@@ -263,7 +273,17 @@ class OpenVINONetwork:
         probabilities: bool = False,
         progress: Progress | None = None,
     ) -> NetworkOutput:
-        """Decide every box of the plan, block by block."""
+        """Decide every box of the plan, block by block.
+
+        Raises
+        ------
+        DeviceError
+            OpenVINO fails.
+        MemoryError
+            The memory left is too small for the scan. The next one may run.
+        """
+        if self._normal is None:
+            self._start()
         padded = tiling.pad(volume, plan)
         output = _Output(plan, probabilities, progress)
         try:
@@ -272,6 +292,10 @@ class OpenVINONetwork:
             whole = self._for_whole_tiles(computed, varied)
             for block in tiling.group_tiles(computed, varied, max_voxels=BLOCK_VOXELS):
                 self._run_block(padded, block, computed, output, whole)
+        except (MemoryError, TrtsegError):
+            # A call that failed leaves its graph half-prepared for its input, and not marked so.
+            self._drop()
+            raise
         finally:
             # Room for the other network: what a block's layers filled is several times the scan.
             with calling():
