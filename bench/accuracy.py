@@ -34,7 +34,8 @@ from trtseg.build.forms import FORMS, default_form, form_graph
 from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.half import LARGEST_HALF, HalfNetwork
 from trtseg.engine import WEIGHTS, Engine, load_engine
-from trtseg.models import find_models, import_folder
+from trtseg.modelinstall import import_folder
+from trtseg.models import find_models
 from trtseg.nifti import read_scan
 from trtseg.normalise import z_score
 

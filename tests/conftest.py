@@ -26,7 +26,8 @@ def engines_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     On a machine without TensorFlow, ``$TRTSEG_BUILT`` names such a folder, built elsewhere.
     """
     from trtseg.build.builder import build_models
-    from trtseg.models import find_models, import_folder
+    from trtseg.modelinstall import import_folder
+    from trtseg.models import find_models
 
     home = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:

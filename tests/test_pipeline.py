@@ -22,7 +22,7 @@ from trtseg.errors import (
     UsageError,
 )
 from trtseg.home import demo_folder
-from trtseg.models import import_folder
+from trtseg.modelinstall import import_folder
 from trtseg.nifti import scan_from_array
 from trtseg.pipeline import EMPTY_BRAIN, Segmenter
 from trtseg.scan import Scan

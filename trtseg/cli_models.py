@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from trtseg.errors import EXIT_MODEL
 from trtseg.logs import LOG, log_to
 from trtseg.options import AllModelsOption, LogFileOption
 from trtseg.steps import Group, log_start
-
-if TYPE_CHECKING:
-    from trtseg.models import ModelSet
 
 app = typer.Typer(cls=Group, help="Fetch, import and check model weights.", no_args_is_help=True)
 
@@ -46,20 +43,21 @@ def models_pull(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Download the published weights, verified by size and hash."""
-    from trtseg import models as library
     from trtseg.architecture import NETWORKS
+    from trtseg.modelinstall import PUBLISHED_URL, pull
+    from trtseg.models import CITATION, LICENCE
 
     with log_to(log_file), screen.download_progress(quiet=quiet) as (progress, told):
         log_start("models pull")
-        url = library.PUBLISHED_URL if mirror is None else mirror
-        found = library.pull(base_url=url, progress=progress, report=told)
+        url = PUBLISHED_URL if mirror is None else mirror
+        found = pull(base_url=url, progress=progress, report=told)
         for net in NETWORKS:
             for name, digest in found.digests(net).items():
                 LOG.info("%s: SHA-256 %s", name, digest)
     if not quiet:
         screen.say(f"{found.name}: {found.folder}")
-        screen.say(f"licence: {library.LICENCE}")
-        screen.say(f"please cite: {library.CITATION}")
+        screen.say(f"licence: {LICENCE}")
+        screen.say(f"please cite: {CITATION}")
 
 
 @app.command("import")
@@ -89,9 +87,9 @@ def models_import(
     ] = None,
 ) -> None:
     """Take weights that were copied to this machine."""
-    from trtseg import models as library
+    from trtseg.modelinstall import import_folder
 
-    found = library.import_folder(
+    found = import_folder(
         source,
         unpublished=unpublished,
         name=name,
@@ -105,14 +103,12 @@ def models_import(
 @app.command("verify")
 def models_verify(models: AllModelsOption = None) -> None:
     """Check the files of model sets against their hashes."""
-    from trtseg import models as library
+    from trtseg.models import find_models, list_models, verify
 
-    sets: list[ModelSet] = (
-        library.list_models() if models is None else [library.find_models(models)]
-    )
+    sets = list_models() if models is None else [find_models(models)]
     damaged = False
     for found in sets:
-        for check in library.verify(found):
+        for check in verify(found):
             verdict = "intact" if check.ok else "DAMAGED"
             screen.say(f"{verdict}  {found.name}  {check.path.name}  {check.detail}")
             damaged |= not check.ok

@@ -201,7 +201,7 @@ def test_writers_at_once_sweep_what_was_left_and_nothing_else(tmp_path: Path) ->
 OTHERWISE = {
     "files.py": 1,  # the temporary file of atomic_write
     "logs.py": 1,  # the log, to which lines are added
-    "models.py": 2,  # downloads and copies into a staging folder, verified and renamed whole
+    "modelinstall.py": 2,  # downloads and copies into a staging folder, verified and renamed whole
     "cuda/compile.py": 1,  # the compiler's source, in a temporary folder
 }
 
