@@ -395,7 +395,20 @@ FULL = Path("/dev/full")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
-@pytest.mark.parametrize("arguments", [["--version"], ["models", "list"], ["info", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["models", "list"],
+        ["info", "--json"],
+        [],
+        ["--help"],
+        ["segment", "--help"],
+        ["bids", "-h"],
+        ["engines"],
+        ["models", "pull", "--help"],
+    ],
+)
 def test_stdout_that_is_full(arguments: list[str]) -> None:
     code = "import sys, trtseg.cli; trtseg.cli.main(sys.argv[1:])"
     with FULL.open("w") as full:
@@ -408,6 +421,16 @@ def test_stdout_that_is_full(arguments: list[str]) -> None:
         "error: stdout: No space left on device; expected room for what is printed; send it "
         "elsewhere, or make room\n"
     )
+
+
+def test_an_error_of_another_file_is_not_taken_for_one_of_stdout(monkeypatch) -> None:
+    def gather(engines):
+        raise PermissionError(13, "Permission denied", "file")
+
+    monkeypatch.setattr("trtseg.info.gather", gather)
+    done = run("info")
+    assert isinstance(done.exception, PermissionError)
+    assert "stdout" not in done.stderr
 
 
 def test_a_reader_that_has_had_enough() -> None:

@@ -1,4 +1,4 @@
-"""The BIDS-App form: every T2w image of a BIDS dataset, written as BIDS derivatives.
+"""BIDS datasets: their T2w images, and how the derivatives are named and described.
 
 Names and fields follow the BIDS specification, "Derivatives", version `BIDS_VERSION`
 (https://bids-specification.readthedocs.io).
@@ -9,45 +9,22 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from typer.core import TyperCommand
-
-from trtseg import __version__, screen
-from trtseg.errors import (
-    InputError,
-    OutputError,
-    UsageError,
-)
+from trtseg import __version__
+from trtseg.errors import InputError, OutputError, UsageError
 from trtseg.files import atomic_write, atomic_write_json, make_folder
-from trtseg.logs import LOG, log_to
-from trtseg.options import (
-    DeviceOption,
-    EnginesOption,
-    GaOption,
-    LogFileOption,
-    ModelsOption,
-    PrecisionOption,
-    QuietOption,
-    ReorientOption,
-    ReportOption,
-    ResumeOption,
-    ThreadsOption,
-)
-from trtseg.steps import end, log_start, open_segmenter
+from trtseg.logs import LOG
 
 if TYPE_CHECKING:
-    from trtseg.batch import Options, Outcome, Reading
+    from trtseg.batch import Outcome
     from trtseg.output import OutputPaths
-    from trtseg.pipeline import Segmenter
 
 #: Version of the specification that is followed.
 BIDS_VERSION = "1.10.1"
@@ -60,14 +37,15 @@ SOURCE = "raw"
 #: Files that are written beside the derivatives and that BIDS has no names for.
 IGNORED = ("*_trtseg.json", "*_report.html", "*_report.png")
 
-_PARTICIPANTS = ("--participant-label", "--participant_label")
-_SESSIONS = ("--session-label", "--session_label")
-_ENTITIES = {
-    "acq": ("--acquisition-label", "--acquisition_label"),
-    "rec": ("--reconstruction-label", "--reconstruction_label"),
-    "run": ("--run-label", "--run_label"),
+#: Entities that images are chosen by, and what the options for their labels are named after:
+#: ``--participant-label`` and so on.
+KINDS = {
+    "sub": "participant",
+    "ses": "session",
+    "acq": "acquisition",
+    "rec": "reconstruction",
+    "run": "run",
 }
-_LABEL_OPTIONS = {*_PARTICIPANTS, *_SESSIONS, *itertools.chain(*_ENTITIES.values())}
 
 #: What can be done where a file of the dataset cannot be written.
 _ELSEWHERE = "choose another OUT_DIR, or make room"
@@ -92,160 +70,11 @@ All maps are on the grid of the image they were made from.
 """
 
 
-# What is asked for
+# What may be written where
 
 
-class LabelsCommand(TyperCommand):
-    """A command whose label options take several values each, as those of BIDS Apps do."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values; all up to the next option are its own."""
-        return super().parse_args(ctx, _repeat_options(args, _LABEL_OPTIONS))
-
-
-def _repeat_options(args: Sequence[str], options: set[str]) -> list[str]:
-    repeated: list[str] = []
-    option, values = "", 0
-    for arg in args:
-        if arg in options or arg.startswith("-"):
-            option, values = (arg if arg in options else ""), 0
-        elif option:
-            repeated += [option] if values else []
-            values += 1
-        repeated.append(arg)
-    return repeated
-
-
-def bids(
-    bids_dir: Annotated[
-        Path, typer.Argument(metavar="BIDS_DIR", readable=False, help="The BIDS dataset.")
-    ],
-    out_dir: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT_DIR",
-            readable=False,
-            help="Folder of the derivatives, such as BIDS_DIR/derivatives/trtseg.",
-        ),
-    ],
-    analysis_level: Annotated[
-        str, typer.Argument(metavar="participant", help="The level of analysis.")
-    ],
-    participant_label: Annotated[
-        list[str] | None,
-        typer.Option(
-            *_PARTICIPANTS,
-            metavar="LABEL...",
-            help="Participants, without sub-; default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    session_label: Annotated[
-        list[str] | None,
-        typer.Option(
-            *_SESSIONS,
-            metavar="LABEL...",
-            help="Sessions, without ses-; default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    acquisition_label: Annotated[
-        list[str] | None,
-        typer.Option(
-            *_ENTITIES["acq"],
-            metavar="LABEL...",
-            help="Acquisitions, without acq-; default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    reconstruction_label: Annotated[
-        list[str] | None,
-        typer.Option(
-            *_ENTITIES["rec"],
-            metavar="LABEL...",
-            help="Reconstructions, without rec-; default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    run_label: Annotated[
-        list[str] | None,
-        typer.Option(
-            *_ENTITIES["run"],
-            metavar="LABEL...",
-            help="Runs, without run-; default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    models: ModelsOption = None,
-    device: DeviceOption = "auto",
-    ga: GaOption = None,
-    report: ReportOption = False,
-    reorient: ReorientOption = False,
-    resume: ResumeOption = False,
-    engines: EnginesOption = None,
-    threads: ThreadsOption = None,
-    precision: PrecisionOption = None,
-    log_file: LogFileOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Segment every T2w image of a BIDS dataset; write BIDS derivatives.
-
-    A BIDS App. Of every sub-*_T2w.nii or .nii.gz in the anat folders of the participants and their
-    sessions it writes masks of the brain and of the cortical grey matter, and a map of both.
-    """
-    from trtseg.backends import check_device
-    from trtseg.batch import Options
-    from trtseg.qc import check_ga
-
-    _check_level(analysis_level)
-    check_device(device)
-    if ga is not None:
-        check_ga(ga)
-    source = read_description(bids_dir)
-    _check_out_dir(bids_dir, out_dir)
-    if log_file is not None:
-        _check_log_file(bids_dir, out_dir, log_file)
-    found = find_t2w(
-        bids_dir,
-        participant_label or (),
-        session_label or (),
-        {
-            "acq": acquisition_label or (),
-            "rec": reconstruction_label or (),
-            "run": run_label or (),
-        },
-    )
-    for line in found.notes:
-        screen.say_warning(line)
-    options = Options(
-        models=models,
-        device=device,
-        threads=threads,
-        precision=precision,
-        save_dseg=True,
-        reorient=reorient,
-        report=report,
-        ga_weeks=ga,
-        resume=resume,
-    )
-    with log_to(log_file):
-        outcomes = _run(bids_dir, out_dir, source, found.scans, options, engines, quiet=quiet)
-    end(outcomes, quiet=quiet)
-
-
-def _check_level(level: str) -> None:
-    if level == "participant":
-        return
-    none = "; trtseg has no group level" if level == "group" else ""
-    raise UsageError(
-        f"analysis level {level}{none}",
-        expected="participant",
-        action="trtseg bids BIDS_DIR OUT_DIR participant",
-    )
-
-
-def _check_out_dir(bids_dir: Path, out_dir: Path) -> None:
-    """Refuse a folder that holds, or is, somebody else's dataset."""
+def check_out_dir(bids_dir: Path, out_dir: Path) -> None:
+    """Refuse, by a `UsageError`, a folder that holds, or is, somebody else's dataset."""
     inside = _inside(bids_dir, out_dir)
     if inside is not None and inside.parts[:1] != ("derivatives",):
         raise UsageError(
@@ -261,8 +90,8 @@ def _check_out_dir(bids_dir: Path, out_dir: Path) -> None:
         )
 
 
-def _check_log_file(bids_dir: Path, out_dir: Path, log_file: Path) -> None:
-    """Refuse a log that would make either dataset invalid, or be written over."""
+def check_log_file(bids_dir: Path, out_dir: Path, log_file: Path) -> None:
+    """Refuse, by a `UsageError`, a log that would make either dataset invalid."""
     inside = _inside(bids_dir, log_file)
     in_source = inside is not None and inside.parts[:1] != ("derivatives",)
     if in_source or _inside(out_dir, log_file) is not None:
@@ -392,15 +221,14 @@ def find_t2w(
     InputError
         A folder cannot be read, there is no T2w image, or one is there twice.
     """
-    subjects = _matching(bids_dir, _SUBJECT)
-    subjects = _chosen(subjects, participants, _PARTICIPANTS[0], "sub-")
+    subjects = _chosen(_matching(bids_dir, _SUBJECT), participants, "sub")
     folders = {
         (subject, session): bids_dir / subject / session / "anat"
         for subject in subjects
         for session in ("", *_matching(bids_dir / subject, _SESSION))
     }
     known = sorted({session for _, session in folders if session})
-    asked = _chosen(known, sessions, _SESSIONS[0], "ses-") if sessions else ["", *known]
+    asked = _chosen(known, sessions, "ses") if sessions else ["", *known]
     scans: list[T2w] = []
     notes: list[str] = []
     for (subject, session), folder in folders.items():
@@ -430,7 +258,7 @@ def _filtered(scans: list[T2w], labels: Mapping[str, Sequence[str]]) -> list[T2w
         prefix = f"{entity}-"
         known = sorted({one for scan in scans for one in scan.entities if one.startswith(prefix)})
         if wanted:
-            chosen = set(_chosen(known, wanted, _ENTITIES[entity][0], prefix))
+            chosen = set(_chosen(known, wanted, entity))
             kept = [scan for scan in kept if chosen & set(scan.entities)]
     return kept
 
@@ -452,20 +280,20 @@ def _children(folder: Path) -> list[Path]:
         ) from error
 
 
-def _chosen(known: list[str], labels: Sequence[str], option: str, prefix: str) -> list[str]:
+def _chosen(known: list[str], labels: Sequence[str], entity: str) -> list[str]:
+    kind, prefix = KINDS[entity], f"{entity}-"
     wanted = {prefix + label.removeprefix(prefix) for label in labels}
     unknown = sorted(wanted - set(known))
     if unknown and not known:
-        kind = option.removeprefix("--").removesuffix("-label")
         article = "an" if kind.startswith("a") else "a"
         raise UsageError(
-            f"{option}: no image has {article} {kind} label",
+            f"--{kind}-label: no image has {article} {kind} label",
             action="leave it out, or choose images by other labels",
         )
     if unknown:
         here = " ".join(name.removeprefix(prefix) for name in known)
         raise UsageError(
-            f"{option}: {' '.join(unknown)} not in the dataset",
+            f"--{kind}-label: {' '.join(unknown)} not in the dataset",
             expected=f"labels out of: {here}",
         )
     return [name for name in known if name in wanted] if wanted else known
@@ -637,49 +465,20 @@ def write_sidecars(scan: T2w, paths: OutputPaths, notice: str) -> None:
         atomic_write_json(maps[role].with_name(name), content, action=_ELSEWHERE)
 
 
-def _run(
-    bids_dir: Path,
-    out_dir: Path,
-    source: dict[str, Any],
-    scans: Sequence[T2w],
-    options: Options,
-    engines: Path | None,
-    *,
-    quiet: bool,
-) -> list[Outcome]:
-    log_start("bids")
-    with open_segmenter(options, engines, scans=len(scans), quiet=quiet) as segmenter:
-        write_dataset(bids_dir, out_dir, source)
-        return _segment_all(segmenter, scans, out_dir, options, quiet=quiet)
+def add_sidecars(scan: T2w, outcome: Outcome) -> Outcome:
+    """Write the BIDS sidecars of what came of a scan.
 
+    Also for one that was complete before: a run may have ended between the two.
 
-def _segment_all(
-    segmenter: Segmenter, scans: Sequence[T2w], out_dir: Path, options: Options, *, quiet: bool
-) -> list[Outcome]:
-    from trtseg.batch import read_ahead
-
-    outcomes = []
-    plans = [(scan.path, plan(scan, out_dir, report=options.report)) for scan in scans]
-    for scan, reading in zip(scans, read_ahead(segmenter, plans, options), strict=True):
-        outcome = _segment(segmenter, scan, reading, options, quiet=quiet)
-        outcomes.append(outcome)
-        screen.say_outcome(outcome, quiet=quiet)
-    return outcomes
-
-
-def _segment(
-    segmenter: Segmenter, scan: T2w, reading: Reading, options: Options, *, quiet: bool
-) -> Outcome:
-    """Segment a scan and write all of its files; an error of it must not stop the others."""
-    from trtseg.batch import process
-
-    with screen.tile_progress(quiet=quiet) as progress:
-        outcome = process(segmenter, reading, options, progress=progress)
+    Returns
+    -------
+    Outcome
+        The same; or, where they cannot be written, a failed one: it must not stop the others.
+    """
     if outcome.status == "failed":
         return outcome
     try:
-        # Also for one that was complete before: a run may have ended between the two.
-        write_sidecars(scan, reading.paths, outcome.description["notice"])
+        write_sidecars(scan, outcome.paths, outcome.description["notice"])
     except OutputError as error:
         LOG.error("scan %s: failed, OutputError, exit code %d", outcome.id, error.exit_code)
         return dataclasses.replace(

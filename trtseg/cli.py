@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from trtseg import __version__, cli_engines, cli_models, screen
-from trtseg.bids import LabelsCommand, bids
+from trtseg.cli_bids import LabelsCommand, bids
 from trtseg.errors import EXIT_INTERRUPTED, EXIT_OK, OutputError
 from trtseg.logs import log_to
 from trtseg.options import (
@@ -32,8 +32,9 @@ from trtseg.options import (
     ReportOption,
     ResumeOption,
     ThreadsOption,
+    optional,
 )
-from trtseg.steps import Group, end, log_start, open_segmenter
+from trtseg.steps import Group, end, log_start, open_segmenter, segment_each
 
 if TYPE_CHECKING:
     from trtseg.batch import Options, Outcome
@@ -102,39 +103,29 @@ def segment(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
+        optional(
             "-o",
             "--out",
             metavar="OUT",
-            readable=False,
             help="A folder, or for one scan the cortex map's name (.nii, .nii.gz); "
             "default: beside each scan.",
-            show_default=False,
         ),
     ] = None,
     models: ModelsOption = None,
     device: DeviceOption = "auto",
     mask: Annotated[
         Path | None,
-        typer.Option(
+        optional(
             "--mask",
             metavar="BRAIN",
-            readable=False,
             help="A brain mask on the scan's grid that takes the brain network's place.",
-            show_default=False,
         ),
     ] = None,
     ga: GaOption = None,
     report: ReportOption = False,
     stats: Annotated[
         Path | None,
-        typer.Option(
-            "--stats",
-            metavar="FILE",
-            readable=False,
-            help="Write a table across scans, .csv or .json.",
-            show_default=False,
-        ),
+        optional("--stats", metavar="FILE", help="Write a table across scans, .csv or .json."),
     ] = None,
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Write the probability maps as well.")
@@ -247,16 +238,13 @@ def _segment_all(
     quiet: bool,
 ) -> list[Outcome]:
     """Segment and save scan by scan; the table is written whatever stops the batch."""
-    from trtseg.batch import process, read_ahead
     from trtseg.files import make_folder
 
     if stats is not None:
         make_folder(stats.parent)
     outcomes: list[Outcome] = []
     try:
-        for reading in read_ahead(segmenter, plans, options):
-            with screen.tile_progress(quiet=quiet) as progress:
-                outcome = process(segmenter, reading, options, progress=progress)
+        for outcome in segment_each(segmenter, plans, options, quiet=quiet):
             outcomes.append(outcome)
             screen.say_outcome(outcome, quiet=quiet)
     except (KeyboardInterrupt, OutputError, BrokenPipeError):  # the last two: of what is printed
@@ -290,14 +278,7 @@ def bench(
     precision: PrecisionOption = None,
     engines: EnginesOption = None,
     as_json: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            readable=False,
-            help="Write all figures to this file.",
-            show_default=False,
-        ),
+        Path | None, optional("--json", metavar="FILE", help="Write all figures to this file.")
     ] = None,
 ) -> None:
     """Time a scan from its file to the label maps, stage by stage, on this machine.

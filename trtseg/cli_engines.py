@@ -15,7 +15,14 @@ from trtseg.errors import (
     worst_exit_code,
 )
 from trtseg.logs import log_to
-from trtseg.options import AllModelsOption, EnginesOption, LogFileOption, ModelsOption
+from trtseg.options import (
+    ENGINES_DEFAULT,
+    AllModelsOption,
+    EnginesOption,
+    LogFileOption,
+    ModelsOption,
+    optional,
+)
 from trtseg.steps import Group, build, compile_for_gpus, log_start
 
 app = typer.Typer(cls=Group, help="Build and inspect networks.", no_args_is_help=True)
@@ -34,40 +41,36 @@ def engines_build(
     ] = "cpu",
     library: Annotated[
         str | None,
-        typer.Option(
+        optional(
             "--library",
             metavar="NAME",
             help="tensorrt_rtx or tensorrt; default: the one that is installed.",
-            show_default=False,
         ),
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option(
+        optional(
             "--form",
             metavar="NAME",
             help="Graph form: plain, transposed, or with channels padded plain8, transposed8; "
             "default: the one estimated to be fastest.",
-            show_default=False,
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(
+        optional(
             "--batch",
             metavar="TILES",
             help="Tiles per run; may be repeated; default: 1, 4 and 16.",
-            show_default=False,
         ),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(
+        optional(
             "--compute-capability",
             metavar="X.Y",
             help="GPUs to compile for with tensorrt_rtx, such as 7.5; may be repeated; "
             "default: 8.0 and later.",
-            show_default=False,
         ),
     ] = None,
     force: Annotated[
@@ -75,14 +78,11 @@ def engines_build(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
+        optional(
             "--out",
             "--engines",
             metavar="DIR",
-            readable=False,
-            help="Folder to build into; default: engines/ in $TRTSEG_HOME, else in the clone, "
-            "else in the user's data folder.",
-            show_default=False,
+            help=f"Folder to build into; {ENGINES_DEFAULT}.",
         ),
     ] = None,
     log_file: LogFileOption = None,
@@ -153,11 +153,10 @@ def engines_verify(
     engines: EnginesOption = None,
     device: Annotated[
         str | None,
-        typer.Option(
+        optional(
             "--device",
             metavar="DEVICE",
             help="Load them there as well: cpu, cuda or cuda:N; on a GPU with its self-test.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

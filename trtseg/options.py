@@ -1,17 +1,29 @@
-"""Options that several commands have, each declared once; its default stands with each command.
-
-Of paths, Typer is not to ask whether they can be read: the error would be its own, and of all.
-"""
+"""Options that several commands have, each declared once; its default stands with each command."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from trtseg.errors import UsageError
+
+#: Where networks are built.
+ENGINES_DEFAULT = (
+    "default: engines/ in $TRTSEG_HOME, else in the clone, else in the user's data folder"
+)
+
+
+def optional(*names: str, metavar: str, help: str, **more: Any) -> Any:
+    """Option with a value that may be left out; what it is then, `help` says.
+
+    Of a path, Typer is not to ask whether it can be read: the error would be its own, and of all.
+    """
+    return typer.Option(
+        *names, metavar=metavar, help=help, show_default=False, readable=False, **more
+    )
 
 
 def weeks(text: str) -> float:
@@ -33,31 +45,22 @@ def weeks(text: str) -> float:
 
 ModelsOption = Annotated[
     str | None,
-    typer.Option(
-        "--models",
-        metavar="NAME",
-        help="Model set; default: the published one.",
-        show_default=False,
-    ),
+    optional("--models", metavar="NAME", help="Model set; default: the published one."),
 ]
 AllModelsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--models", metavar="NAME", help="Model set; default: all of them.", show_default=False
-    ),
+    str | None, optional("--models", metavar="NAME", help="Model set; default: all of them.")
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 ]
 GaOption = Annotated[
     float | None,
-    typer.Option(
+    optional(
         "--ga",
         metavar="WEEKS",
         parser=weeks,
         help="Gestational age, as 27.4 (decimal weeks) or 27+3 (weeks+days); the checks then go "
         "by that week.",
-        show_default=False,
     ),
 ]
 ReportOption = Annotated[
@@ -76,43 +79,32 @@ ResumeOption = Annotated[
 ]
 EnginesOption = Annotated[
     Path | None,
-    typer.Option(
-        "--engines",
-        metavar="DIR",
-        readable=False,
-        help="Folder of built networks; default: engines/ in $TRTSEG_HOME, else in the clone, "
-        "else in the user's data folder.",
-        show_default=False,
-    ),
+    optional("--engines", metavar="DIR", help=f"Folder of built networks; {ENGINES_DEFAULT}."),
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(
+    optional(
         "--threads",
         min=1,
         metavar="N",
         help="CPU threads; default: the cores this process may run on.",
-        show_default=False,
     ),
 ]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option(
+    optional(
         "--precision",
         metavar="PRECISION",
         help="On the CPU f32, which gives DeepMedic's labels, or bf16, faster, with a few "
         "labels changed; on a GPU f16; default: f32 and f16.",
-        show_default=False,
     ),
 ]
 LogFileOption = Annotated[
     Path | None,
-    typer.Option(
+    optional(
         "--log-file",
         metavar="FILE",
-        readable=False,
         help="Add a log to the end of this file: times, stages, versions; no names.",
-        show_default=False,
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print warnings and errors only.")]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trtseg.batch import Options, Outcome
     from trtseg.engine import Engine
     from trtseg.gpu_engine import GpuEngine
+    from trtseg.output import OutputPaths
     from trtseg.pipeline import Segmenter
 
 
@@ -90,7 +91,8 @@ def _hide_types_of_flags(params: Sequence[Any]) -> None:
 @contextmanager
 def _exit_on_error() -> Iterator[None]:
     try:
-        yield
+        with _error_of_stdout():
+            yield
     except TrtsegError as error:
         screen.say_error(str(error))
         raise typer.Exit(error.exit_code) from None
@@ -100,6 +102,16 @@ def _exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         screen.say_error("interrupted; nothing was left half-written")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@contextmanager
+def _error_of_stdout() -> Iterator[None]:
+    """Tell of a stdout that cannot be written where rich writes to it, as it does the help."""
+    try:
+        yield
+    except OSError:
+        screen.say_as_is("")  # raises OutputError, if it was stdout
+        raise
 
 
 def log_start(command: str) -> None:
@@ -149,6 +161,22 @@ def open_segmenter(
         if segmenter.note and not quiet:
             screen.say(f"note: {segmenter.note}", err=True)
         yield segmenter
+
+
+def segment_each(
+    segmenter: Segmenter,
+    plans: Sequence[tuple[Path, OutputPaths]],
+    options: Options,
+    *,
+    quiet: bool,
+) -> Iterator[Outcome]:
+    """Segment and save scan by scan, with bars on a terminal; give what came of each."""
+    from trtseg.batch import process, read_ahead
+
+    for reading in read_ahead(segmenter, plans, options):
+        with screen.tile_progress(quiet=quiet) as progress:
+            outcome = process(segmenter, reading, options, progress=progress)
+        yield outcome
 
 
 def end(outcomes: Sequence[Outcome], *, quiet: bool) -> None:
