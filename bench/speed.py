@@ -26,14 +26,10 @@ from numpy.typing import NDArray
 
 from trtseg import tiling
 from trtseg.architecture import NETWORKS, PUBLISHED, NetworkSpec
-from trtseg.backends import PRECISIONS
-from trtseg.backends.ceilings import cpu_ceilings
-from trtseg.backends.openvino import (
-    OpenVINOBackend,
-    available_threads,
-    openvino_module,
-    settings,
-)
+from trtseg.backends import PRECISIONS, cpu_ceilings
+from trtseg.backends.base import run_tiles
+from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.backends.openvino_library import available_threads, openvino_module, settings
 from trtseg.build import checkpoint, graph
 from trtseg.build.freeze import freeze
 from trtseg.build.parts import parts
@@ -70,20 +66,12 @@ def tensorflow_form(variables: dict[str, Any], spec: NetworkSpec) -> Run:
     return TensorFlowNetwork(variables, spec).run
 
 
-def plain_form(call: Callable[[dict[str, Any]], Any], spec: NetworkSpec) -> Run:
+def plain_form(call: Callable[[dict[str, Any]], Any]) -> Run:
     """Tile by tile on the published graph form."""
-
-    def run(volume: NDArray[np.float32], plan: TilePlan) -> Labels:
-        padded = tiling.pad(volume, plan)
-        labels = np.zeros(plan.shape, np.uint8)
-        for starts in plan.batches(1):
-            tiling.stitch(labels, starts[0], call(tiling.gather(padded, starts, spec))[0] > 0)
-        return labels
-
-    return run
+    return lambda volume, plan: run_tiles(volume, plan, call, batch=1).labels
 
 
-def onnxruntime_form(frozen: Any, spec: NetworkSpec) -> Run:
+def onnxruntime_form(frozen: Any) -> Run:
     """ONNX Runtime on the published graph form."""
     import onnxruntime
 
@@ -92,7 +80,7 @@ def onnxruntime_form(frozen: Any, spec: NetworkSpec) -> Run:
     session = onnxruntime.InferenceSession(
         graph.plain(frozen), options, providers=["CPUExecutionProvider"]
     )
-    return plain_form(lambda inputs: session.run(None, inputs)[0], spec)
+    return plain_form(lambda inputs: session.run(None, inputs)[0])
 
 
 def openvino_form(frozen: Any, spec: NetworkSpec) -> Run:
@@ -107,7 +95,7 @@ def openvino_form(frozen: Any, spec: NetworkSpec) -> Run:
         request.infer(inputs, share_inputs=True)
         return request.get_output_tensor(0).data
 
-    return plain_form(call, spec)
+    return plain_form(call)
 
 
 @dataclass(frozen=True)
@@ -150,9 +138,7 @@ def forms(models: str, wanted: list[str]) -> dict[str, dict[str, Form]]:
             "tensorflow": lambda v=variables: published_form(
                 tensorflow_form(v, PUBLISHED), PUBLISHED, PUBLISHED.batch
             ),
-            "onnxruntime": lambda f=frozen: published_form(
-                onnxruntime_form(f, PUBLISHED), PUBLISHED, 1
-            ),
+            "onnxruntime": lambda f=frozen: published_form(onnxruntime_form(f), PUBLISHED, 1),
             "openvino": lambda f=frozen: published_form(openvino_form(f, PUBLISHED), PUBLISHED, 1),
             "trtseg f32": lambda f=frozen: trtseg_form(f, PUBLISHED, "f32"),
             "trtseg bf16": lambda f=frozen: trtseg_form(f, PUBLISHED, "bf16"),
@@ -199,7 +185,7 @@ def measure(path: Path, models: str, names: list[str], repeats: int) -> list[dic
     """One row per form; the forms take turns, so that a drifting machine is fair to all."""
     networks = forms(models, names)
     ceilings = {  # of multiply-adds
-        precision: cpu_ceilings(available_threads(), precision).operations_per_second / 2
+        precision: cpu_ceilings.measure(available_threads(), precision).operations_per_second / 2
         for precision in PRECISIONS
     }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from trtseg import tiling
 from trtseg.architecture import NetworkSpec
+from trtseg.backends.base import run_tiles
 from trtseg.build.reference import batch_norm
 from trtseg.build.variables import LayerVariables, network_variables
 from trtseg.tiling import TilePlan
@@ -33,15 +33,14 @@ class TensorFlowNetwork:
 
     def run(self, volume: NDArray[np.float32], plan: TilePlan) -> NDArray[np.uint8]:
         """Labels of a z-scored volume, later tiles overwriting earlier ones."""
-        padded = tiling.pad(volume, plan)
-        labels = np.zeros(plan.shape, np.uint8)
-        for starts in plan.batches(self.spec.batch):
-            fill = starts[-1:].repeat(self.spec.batch - len(starts), 0)
-            inputs = tiling.gather(padded, np.concatenate([starts, fill]), self.spec)
-            found = self._call([np.moveaxis(one, 1, -1) for one in inputs.values()]).numpy()
-            for start, one in zip(starts, found, strict=False):
-                tiling.stitch(labels, start, one[..., 1] > one[..., 0])
-        return labels
+        return run_tiles(volume, plan, self._differences, batch=self.spec.batch).labels
+
+    def _differences(self, inputs: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Probability of class 1 less that of class 0: above 0 where class 1 is the likelier."""
+        full = [one.take(range(self.spec.batch), 0, mode="clip") for one in inputs.values()]
+        found = self._call([np.moveaxis(one, 1, -1) for one in full]).numpy()
+        found = found[: len(inputs["normal"])]
+        return found[..., 1] - found[..., 0]
 
     def _evaluate(self, inputs: list[Any]) -> Any:
         maps = []

@@ -83,7 +83,7 @@ def _lacks(missing: list[dict[str, str]], purpose: str, what: str, command: str)
 
 
 def _cpu(missing: list[dict[str, str]]) -> dict[str, Any]:
-    from trtseg.backends.openvino import available_threads
+    from trtseg.backends.openvino_library import available_threads
 
     usable = True
     bf16 = False

@@ -18,8 +18,8 @@ from trtseg import tiling
 from trtseg.architecture import NetworkSpec
 from trtseg.backends import open_cpu
 from trtseg.backends import openvino as module
-from trtseg.backends.base import logistic
-from trtseg.backends.openvino import OpenVINOBackend, OpenVINONetwork, available_threads, version
+from trtseg.backends.openvino import OpenVINOBackend, OpenVINONetwork
+from trtseg.backends.openvino_library import openvino_module
 from trtseg.build.freeze import freeze
 from trtseg.build.parts import parts
 from trtseg.build.reference import evaluate
@@ -35,9 +35,7 @@ SUBS = tuple(pathway.name for pathway in TINY.pathways[1:])
 
 @pytest.fixture(scope="module")
 def openvino() -> ModuleType:
-    """The library, imported as trtseg imports it: without its telemetry."""
-    OpenVINOBackend()
-    return sys.modules["openvino"]
+    return openvino_module()
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +444,6 @@ def test_threads_default_to_the_cores_the_process_may_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
-    assert available_threads() == 3
     assert OpenVINOBackend().threads == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     backend = OpenVINOBackend()
@@ -454,14 +451,6 @@ def test_threads_default_to_the_cores_the_process_may_use(
     backend.compile(TINY, graphs)
     assert {model.get_property("INFERENCE_NUM_THREADS") for _, model in compiled} == {1}
     assert {model.get_property("NUM_STREAMS") for _, model in compiled} == {1}
-
-
-def test_threads_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert available_threads() == 6
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_threads() == 1
 
 
 def test_chosen_threads_are_used(
@@ -666,6 +655,48 @@ def test_what_failed_is_compiled_anew_for_the_next_scan(
         assert len(compiled) == 2 * len(PARTS)
 
 
+@pytest.mark.parametrize("request_name", ["_normal", "_sub", "_fc"])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("std::bad_alloc", MemoryError), ("could not execute a primitive", DeviceError)],
+)
+def test_a_tile_that_failed_leaves_the_next_one_to_run(
+    own_network: OpenVINONetwork,
+    compiled: list[tuple[dict, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    expected: type[Exception],
+    request_name: str,
+) -> None:
+    inputs = {name: tile[None] for name, tile in random_inputs(TINY, seed=3).items()}
+    before = own_network.tile_logits(inputs).copy()
+    request = getattr(own_network, request_name)
+    monkeypatch.setattr(request, "infer", raising(failure(said)))
+    with pytest.raises(expected):
+        own_network.tile_logits(inputs)
+    assert compiled == []
+    for _ in range(2):
+        np.testing.assert_array_equal(own_network.tile_logits(inputs), before)
+        assert len(compiled) == len(PARTS)
+
+
+def test_a_constant_tile_that_failed_leaves_the_next_scan_to_run(
+    own_network: OpenVINONetwork,
+    compiled: list[tuple[dict, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    level = np.ones(SHAPE, np.float32)
+    plan = tiling.plan_tiles(SHAPE, TINY)
+    before = own_network.run(level, plan, probabilities=True)
+    monkeypatch.setattr(own_network._fc, "infer", raising(failure("std::bad_alloc")))
+    with pytest.raises(MemoryError):
+        own_network.run(level, plan)
+    for _ in range(2):
+        found = own_network.run(level, plan, probabilities=True)
+        np.testing.assert_array_equal(found.probabilities, before.probabilities)
+        assert len(compiled) == len(PARTS)
+
+
 def test_no_memory_to_compile_anew_leaves_the_scan_after_it_to_run(
     openvino: ModuleType,
     own_network: OpenVINONetwork,
@@ -693,11 +724,6 @@ def test_no_memory_to_tidy_up_is_a_memory_error(
     monkeypatch.setattr(own_network, "_models", [Model()])
     with pytest.raises(MemoryError):
         own_network.run(volume, tiling.plan_tiles(SHAPE, TINY))
-
-
-def test_a_failure_without_words_is_a_device_error() -> None:
-    with pytest.raises(DeviceError, match="RuntimeError"), module.calling():
-        raise RuntimeError
 
 
 def test_what_a_progress_callback_raises_is_its_own(
@@ -741,18 +767,6 @@ def test_a_closed_backend_leaves_its_networks_usable(
     before = tiny.run(volume, plan)
     backend.close()
     np.testing.assert_array_equal(tiny.run(volume, plan).labels, before.labels)
-
-
-def test_logistic_is_float32_and_silent_at_both_ends() -> None:
-    logits = np.array([0.0, 1.0986123, -1.0986123, 200.0, -200.0], np.float32)
-    found = logistic(logits)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found[:3], [0.5, 0.75, 0.25], rtol=1e-6)
-    np.testing.assert_array_equal(found[3:], [1.0, 0.0])
-
-
-def test_version_is_that_of_the_runtime(openvino: ModuleType) -> None:
-    assert version() == openvino.__version__
 
 
 RUN = """

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtseg.architecture import NetworkSpec, PathwaySpec
-from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.backends.openvino_library import openvino_module
 from trtseg.build.freeze import FrozenNetwork
 from trtseg.build.variables import network_variables
 
@@ -140,12 +140,23 @@ def save_checkpoint(prefix: Path, tensors: Mapping[str, NDArray[np.generic]]) ->
 
 def run_graph(onnx: bytes, inputs: Arrays) -> NDArray[np.float32]:
     """Logits of one tile by OpenVINO, in one graph: (out, out, out)."""
-    OpenVINOBackend(threads=1)  # imports openvino as trtseg does: without its telemetry
-    core = sys.modules["openvino"].Core()
+    core = openvino_module().Core()
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
     compiled = core.compile_model(core.read_model(onnx), "CPU", config)
     results = compiled({name: values[None] for name, values in inputs.items()})
     return np.array(results[0][0])
+
+
+def ports(values: Iterable[Any]) -> dict[str, list[str | int]]:
+    """Name to shape of the inputs or outputs of an ONNX graph, all of float32."""
+    from onnx import TensorProto
+
+    shapes = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        assert tensor.elem_type == TensorProto.FLOAT
+        shapes[value.name] = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
+    return shapes
 
 
 def probability(logits: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What runs a built network over a volume; each module is the sole importer of its library."""
+"""What runs a built network over a volume; each library is imported by one module only."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from trtseg import tiling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -140,6 +142,44 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the device; loaded networks are unusable afterwards."""
+
+
+def run_tiles(
+    volume: NDArray[np.float32],
+    plan: TilePlan,
+    evaluate: Callable[[dict[str, NDArray[np.float32]]], Iterable[NDArray[np.float32]]],
+    *,
+    batch: int,
+    probabilities: bool = False,
+    progress: Progress | None = None,
+) -> NetworkOutput:
+    """Run the planned tiles each on its own, later ones over earlier ones, as DeepMedic does.
+
+    Parameters
+    ----------
+    volume : ndarray, shape ``plan.shape``, float32
+        Z-scores.
+    plan : TilePlan
+    evaluate : callable
+        Given the inputs of some tiles, as `trtseg.tiling.gather` cuts them, gives the class
+        difference of each, (out, out, out).
+    batch : int
+        Most tiles it is given.
+    probabilities : bool
+    progress : callable, optional
+    """
+    padded = tiling.pad(volume, plan)
+    labels = np.zeros(plan.shape, np.uint8)
+    maps = np.zeros(plan.shape, np.float32) if probabilities else None
+    for starts in plan.batches(batch):
+        found = evaluate(tiling.gather(padded, starts, plan.spec))
+        for start, logits in zip(starts, found, strict=True):
+            tiling.stitch(labels, start, logits > 0)
+            if maps is not None:
+                tiling.stitch(maps, start, logistic(logits))
+        if progress is not None:
+            progress(len(starts))
+    return NetworkOutput(labels, maps)
 
 
 def network_progress(progress: ChainProgress | None, net: str, total: int) -> Progress | None:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trtseg import tiling
-from trtseg.backends.base import Ceilings, NetworkOutput, Work, logistic
+from trtseg.backends.base import Ceilings, Work, run_tiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
-    from trtseg.backends.base import Progress
+    from trtseg.backends.base import NetworkOutput, Progress
     from trtseg.engine import Engine
     from trtseg.tiling import TilePlan
 
@@ -38,20 +37,20 @@ class FakeNetwork:
         progress: Progress | None = None,
     ) -> NetworkOutput:
         """Run the planned tiles; see `trtseg.backends.base.Network`."""
-        padded = tiling.pad(volume, plan)
-        labels = np.zeros(plan.shape, np.uint8)
-        maps = np.zeros(plan.shape, np.float32) if probabilities else None
-        centre = slice(plan.spec.margin, plan.spec.margin + plan.spec.out)
-        for starts in plan.batches(plan.spec.batch):
-            inputs = tiling.gather(padded, starts, plan.spec)
-            logits = inputs["normal"][:, 0, centre, centre, centre] - np.float32(self.threshold)
-            for start, logit in zip(starts, logits, strict=True):
-                tiling.stitch(labels, start, logit > 0)
-                if maps is not None:
-                    tiling.stitch(maps, start, logistic(logit))
-            if progress is not None:
-                progress(len(starts))
-        return NetworkOutput(labels, maps)
+        return run_tiles(
+            volume,
+            plan,
+            self._logits,
+            batch=self.spec.batch,
+            probabilities=probabilities,
+            progress=progress,
+        )
+
+    def _logits(self, inputs: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        centre = slice(self.spec.margin, self.spec.margin + self.spec.out)
+        values = inputs["normal"][:, 0, centre, centre, centre]
+        logits: NDArray[np.float32] = values - np.float32(self.threshold)
+        return logits
 
     def work(self, volume: NDArray[np.float32], plan: TilePlan) -> Work:
         """Nothing is multiplied; every voxel of a tile is read."""

@@ -1,4 +1,4 @@
-"""Runs built networks on the CPU with OpenVINO. The only module that imports openvino.
+"""Runs built networks on the CPU with OpenVINO.
 
 Work is shared between tiles where that changes no label: the normal pathway is computed once per
 block of tiles; a tile computes only the voxels it has the last word on; tiles that see one constant
@@ -8,17 +8,28 @@ value (the background of a masked scan) share one answer. See `trtseg.build.part
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trtseg import tiling
+from trtseg.backends import cpu_ceilings
 from trtseg.backends.base import NetworkOutput, Work, logistic
+from trtseg.backends.openvino_library import (
+    available_threads,
+    calling,
+    copying_rows,
+    graph_refused,
+    handing_over_bf16,
+    maps_of,
+    no_cpu,
+    openvino_module,
+    settings,
+    tensor_of,
+    version,
+)
 from trtseg.backends.work import executed
 from trtseg.engine import FC_PART, NORMAL_PART, SUB_PART
 from trtseg.errors import DeviceError, EngineError, TrtsegError
@@ -32,12 +43,11 @@ if TYPE_CHECKING:
 
     from trtseg.architecture import NetworkSpec
     from trtseg.backends.base import Ceilings, Progress
+    from trtseg.backends.openvino_library import Maps
     from trtseg.engine import Engine
     from trtseg.tiling import TilePlan
 
     Features = NDArray[np.float32]
-    # What the parts hand over: float32, or the bits of bfloat16 as uint16: NumPy has no bfloat16.
-    _Maps = NDArray[Any]
 
 #: Voxels of a block: its features take 200 bytes each, and the layers before them several times
 #: that, which must fit beside a large scan in a laptop's memory (bench/memory.py).
@@ -54,11 +64,6 @@ WHOLE_SHARE = 0.85
 #: saves about 4 ms a tile. Every size compiled holds a tile's layers in memory, so no other is.
 FIXED_SIZE_BOXES = 32
 
-#: Order of a transpose that makes rows of voxels, as `trtseg.build.parts` writes it, and one that
-#: gives the same rows of a single tile.
-ROWS = (0, 2, 3, 4, 1)
-ROWS_BY_COPY = (2, 0, 3, 4, 1)
-
 #: Boxes whose indices are kept, at most 200 kB each and factor: many boxes of a scan are alike.
 KEPT_INDICES = 16
 
@@ -72,37 +77,6 @@ CLEAR_LOGIT = 1e-3
 #: Bytes that must be free to read a graph: far more than one of 14 MB takes, 28 MB, and far less
 #: than it takes to run.
 READING_BYTES = 1 << 27
-
-#: What OpenVINO, oneDNN, the C++ library and the loader of shared libraries say when memory runs
-#: out; "temporarily unavailable" is a thread for whose stack there is no room, "Broken promise" a
-#: kernel that memory was lacking for before, which oneDNN's cache does not try to make again.
-NO_MEMORY = (
-    "can't alloc",
-    "Failed to allocate",
-    "bad_alloc",
-    "Resource temporarily unavailable",
-    "Cannot allocate memory",
-    "Broken promise",
-    "failed to map segment",
-)
-
-
-def available_threads() -> int:
-    """Cores this process may run on, which on shared machines is fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def settings(threads: int, precision: str) -> dict[str, str]:
-    """What OpenVINO is told when it compiles a model."""
-    return {
-        # Said outright: on processors with bfloat16 units OpenVINO would choose that.
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": "1",
-        "INFERENCE_NUM_THREADS": str(threads),
-    }
 
 
 class OpenVINOBackend:
@@ -133,7 +107,7 @@ class OpenVINOBackend:
         np.linalg.det(np.eye(2))
         with calling():
             self._core = openvino_module().Core()
-        with calling(_no_cpu):
+        with calling(no_cpu):
             able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in able:
             raise DeviceError(
@@ -190,7 +164,7 @@ class OpenVINOBackend:
             models = {name: self._read(name, part, folder) for name, part in parts.items()}
             if self.precision == "bf16":
                 models = {
-                    name: _handing_over_bf16(model, taken=name == FC_PART)
+                    name: handing_over_bf16(model, taken=name == FC_PART)
                     for name, model in models.items()
                 }
         return OpenVINONetwork(
@@ -202,12 +176,10 @@ class OpenVINOBackend:
 
     def ceilings(self) -> Ceilings:
         """Measure one large convolution and one large copy on as many threads."""
-        from trtseg.backends.ceilings import cpu_ceilings
-
-        return cpu_ceilings(self.threads, self.precision)
+        return cpu_ceilings.measure(self.threads, self.precision)
 
     def _compile_all(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        free = {**models, FC_PART: _copying_rows(models[FC_PART])}
+        free = {**models, FC_PART: copying_rows(models[FC_PART])}
         return {name: self._compile(model) for name, model in free.items()}
 
     def _compile_fixed(self, model: Any, sizes: dict[str, Sequence[int]]) -> Any:
@@ -219,11 +191,11 @@ class OpenVINOBackend:
         name = f"{part} in memory" if folder is None else str(folder / part)
         # Without room for its copies OpenVINO's reader crashes; NumPy raises. No page is touched.
         np.empty(READING_BYTES, np.uint8)
-        with calling(functools.partial(_refused, name)):
+        with calling(functools.partial(graph_refused, name)):
             return self._core.read_model(graph)
 
     def _compile(self, model: Any) -> Any:
-        with calling(functools.partial(_refused, model.get_friendly_name())):
+        with calling(functools.partial(graph_refused, model.get_friendly_name())):
             return self._core.compile_model(model, "CPU", settings(self.threads, self.precision))
 
     def close(self) -> None:
@@ -261,9 +233,21 @@ class OpenVINONetwork:
         self._fc_of_whole: Any = None
 
     def _drop(self) -> None:
-        """Free all that is compiled; `run` compiles it anew."""
+        """Free all that is compiled."""
         self._models = []
         self._normal = self._sub = self._fc = self._fc_of_whole = None
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Have the parts compiled inside; where a call fails there, the next one compiles anew."""
+        if self._normal is None:
+            self._start()
+        try:
+            yield
+        except (MemoryError, TrtsegError):
+            # A call that failed leaves its graph half-prepared for its input, and not marked so.
+            self._drop()
+            raise
 
     def run(
         self,
@@ -282,20 +266,15 @@ class OpenVINONetwork:
         MemoryError
             The memory left is too small for the scan. The next one may run.
         """
-        if self._normal is None:
-            self._start()
         padded = tiling.pad(volume, plan)
         output = _Output(plan, probabilities, progress)
         try:
-            varied = self._settle_constant_tiles(padded, output)
-            computed = _computed_boxes(plan)
-            whole = self._for_whole_tiles(computed, varied)
-            for block in tiling.group_tiles(computed, varied, max_voxels=BLOCK_VOXELS):
-                self._run_block(padded, block, computed, output, whole)
-        except (MemoryError, TrtsegError):
-            # A call that failed leaves its graph half-prepared for its input, and not marked so.
-            self._drop()
-            raise
+            with self._running():
+                varied = self._settle_constant_tiles(padded, output)
+                computed = _computed_boxes(plan)
+                whole = self._for_whole_tiles(computed, varied)
+                for block in tiling.group_tiles(computed, varied, max_voxels=BLOCK_VOXELS):
+                    self._run_block(padded, block, computed, output, whole)
         finally:
             # Room for the other network: what a block's layers filled is several times the scan.
             with calling():
@@ -319,13 +298,21 @@ class OpenVINONetwork:
         ----------
         inputs : mapping of str to ndarray, shape (1, 1, n, n, n), float32
             As `trtseg.tiling.gather` cuts them for one tile.
+
+        Raises
+        ------
+        DeviceError
+            OpenVINO fails.
+        MemoryError
+            The memory left is too small for the tile. The next one may run.
         """
-        features = self._features(inputs["normal"][0, 0])
-        subs = self._sub_features({k: v for k, v in inputs.items() if k != "normal"})
         box = np.array([[0, self.spec.out]] * 3)
-        return self._decide(
-            self._fc, features, box, box, {name: one[0] for name, one in subs.items()}
-        )
+        with self._running():
+            features = self._features(inputs["normal"][0, 0])
+            subs = self._sub_features({k: v for k, v in inputs.items() if k != "normal"})
+            return self._decide(
+                self._fc, features, box, box, {name: one[0] for name, one in subs.items()}
+            )
 
     def _settle_constant_tiles(self, padded: Features, output: _Output) -> NDArray[np.intp]:
         """Decide the tiles that see one value only; gives the indices of the others."""
@@ -407,42 +394,42 @@ class OpenVINONetwork:
                 )
                 output.decide(int(tile), logits, box[:, 0])
 
-    def _features(self, image: Features) -> _Maps:
+    def _features(self, image: Features) -> Maps:
         """Normal-pathway features (C, i, j, k) of an image region; valid until the next call."""
         with calling():
             request = self._normal
             request.infer({"normal": np.ascontiguousarray(image)[None, None]}, share_inputs=True)
-            features: _Maps = _maps(request.get_output_tensor(0))[0]
+            features: Maps = maps_of(request.get_output_tensor(0))[0]
         return features
 
-    def _sub_features(self, inputs: dict[str, Features]) -> dict[str, _Maps]:
+    def _sub_features(self, inputs: dict[str, Features]) -> dict[str, Maps]:
         """Features (N, C, cells ...) of the subsampled pathways; valid until the next call."""
         if not inputs:
             return {}
         with calling():
             self._sub.infer(inputs, share_inputs=True)
-            return {name: _maps(self._sub.get_tensor(f"{name}.features")) for name in inputs}
+            return {name: maps_of(self._sub.get_tensor(f"{name}.features")) for name in inputs}
 
     def _decide(
         self,
         request: Any,
-        features: _Maps,
+        features: Maps,
         region: NDArray[np.int64],
         box: NDArray[np.int64],
-        subs: dict[str, _Maps],
+        subs: dict[str, Maps],
     ) -> Features:
         """Class difference of the voxels of `box`; both boxes are in tile coordinates."""
         spec = self.spec
         kernel, half = spec.fc_kernel, spec.fc_kernel // 2
         edged = np.add(box, (-half, half))
-        inputs = {"normal": _tensor(_window(features, region[:, 0], edged, spec.out))}
+        inputs = {"normal": tensor_of(_window(features, region[:, 0], edged, spec.out))}
         for pathway in spec.pathways[1:]:
             name, maps = pathway.name, subs[pathway.name]
             cells = _cells(box, pathway.factor, kernel)
             cut = _window(maps, np.zeros(3, np.int64), cells, maps.shape[1])
             (i, j, k), factor = box.tolist(), pathway.factor
             variant, cell = _indices((*i, *j, *k), factor, kernel)
-            inputs[name] = _tensor(cut)
+            inputs[name] = tensor_of(cut)
             inputs[f"{name}.variant"], inputs[f"{name}.cell"] = variant, cell
         with calling():
             request.infer(inputs, share_inputs=True)
@@ -516,58 +503,7 @@ def _indices(
     return box_indices(np.array(bounds).reshape(3, 2), factor, kernel)
 
 
-def _copying_rows(model: Any) -> Any:
-    """The same model with its rows made by plain copies, for sizes known at run time only.
-
-    A convolution leaves its channels last in memory. OpenVINO drops a transpose to rows where sizes
-    are fixed; where they are not, it carries it out and keeps channels last, so that its result,
-    (1, i, j, k, C), lies in memory as (1, j, k, C, i) and must be put in order once more. A result
-    (i, 1, j, k, C) lies in memory as (i, j, k, C), which is what was there before.
-    """
-    copying = model.clone()
-    order = openvino_module().op.Constant(np.array(ROWS_BY_COPY, np.int64))
-    for node in copying.get_ops():
-        if node.get_type_name() == "Transpose":
-            given = node.input_value(1).get_node()
-            if given.get_type_name() == "Constant" and tuple(given.data.tolist()) == ROWS:
-                node.input(1).replace_source_output(order.output(0))
-    copying.validate_nodes_and_infer_types()
-    return copying
-
-
-def _handing_over_bf16(model: Any, *, taken: bool) -> Any:
-    """The same model with the features that it takes, or else those that it gives, in bfloat16.
-
-    Besides the bytes, this spares conversions: OpenVINO keeps what a float32 result is summed from
-    in float32, which are the residual sums of a whole pathway.
-    """
-    from openvino.preprocess import PrePostProcessor
-
-    openvino = openvino_module()
-    steps = PrePostProcessor(model)
-    ports = model.inputs if taken else model.outputs
-    for index, port in enumerate(ports):
-        if port.element_type == openvino.Type.f32:
-            step = steps.input(index) if taken else steps.output(index)
-            step.tensor().set_element_type(openvino.Type.bf16)
-    return steps.build()
-
-
-def _maps(tensor: Any) -> _Maps:
-    """A tensor's values, in its own memory."""
-    values: NDArray[Any] = tensor.data
-    return values if values.dtype == np.float32 else values.view(np.uint16)
-
-
-def _tensor(values: NDArray[Any]) -> Any:
-    """The same values as OpenVINO takes them, in their own memory."""
-    if values.dtype != np.uint16:
-        return values
-    openvino = openvino_module()
-    return openvino.Tensor(values, openvino.Shape(values.shape), openvino.Type.bf16)
-
-
-def _window(maps: _Maps, origin: NDArray[np.int64], wanted: NDArray[np.int64], size: int) -> _Maps:
+def _window(maps: Maps, origin: NDArray[np.int64], wanted: NDArray[np.int64], size: int) -> Maps:
     """Cut (1, C, ...) out of (C, ...) maps; beyond the tile, its edge is repeated.
 
     Parameters
@@ -587,75 +523,3 @@ def _window(maps: _Maps, origin: NDArray[np.int64], wanted: NDArray[np.int64], s
     if beyond.any():
         cut = np.pad(cut, [(0, 0), *beyond.tolist()], "edge")
     return np.ascontiguousarray(cut)[None]
-
-
-@contextmanager
-def calling(refused: Callable[[str], TrtsegError] | None = None) -> Iterator[None]:
-    """Turn what OpenVINO raises inside into errors that say what to do.
-
-    Parameters
-    ----------
-    refused : callable, optional
-        Makes the error to raise from OpenVINO's last line, where it is not for want of memory;
-        default a DeviceError.
-
-    Raises
-    ------
-    MemoryError
-        Memory ran out.
-    """
-    try:
-        yield
-    except (RuntimeError, ImportError) as error:
-        said = str(error).strip()
-        if any(words in said for words in NO_MEMORY):
-            raise MemoryError(said) from error
-        if isinstance(error, ImportError):
-            raise  # a package that is not here, or not whole, is no failure of OpenVINO's
-        raise (refused or _failed)(said.rpartition("\n")[2] or type(error).__name__) from error
-
-
-def _no_cpu(said: str) -> DeviceError:
-    return DeviceError(
-        f"OpenVINO finds no CPU device ({said})",
-        expected="an x86-64 or arm64 processor it supports",
-        action="install openvino again: pip install --force-reinstall openvino",
-    )
-
-
-def _failed(said: str) -> DeviceError:
-    return DeviceError(
-        f"OpenVINO failed on the CPU ({said})",
-        expected="a processor and an OpenVINO that run what trtseg built",
-        action="run it again; if it fails again: pip install --force-reinstall openvino",
-    )
-
-
-def _refused(name: str, said: str) -> EngineError:
-    return EngineError(
-        f"{name}: OpenVINO cannot run it ({said})",
-        expected="a graph that trtseg built",
-        action="build again: trtseg engines build",
-    )
-
-
-def version() -> str:
-    """Version of the OpenVINO runtime in use."""
-    return str(openvino_module().__version__)
-
-
-def openvino_module() -> ModuleType:
-    """Import openvino without its telemetry."""
-    # Importing openvino reports the import over the network and leaves an identifier in the home
-    # folder, by its package openvino_telemetry; where that cannot be imported, it does neither.
-    telemetry = "openvino_telemetry"
-    hide = "openvino" not in sys.modules and telemetry not in sys.modules
-    if hide:
-        sys.modules[telemetry] = None  # type: ignore[assignment]
-    try:
-        import openvino
-    finally:
-        if hide:
-            del sys.modules[telemetry]
-    module: ModuleType = openvino
-    return module

@@ -9,7 +9,8 @@ import numpy as np
 
 from trtseg.architecture import NETWORKS, PUBLISHED
 from trtseg.backends.base import logistic
-from trtseg.backends.openvino import OpenVINOBackend, version
+from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.backends.openvino_library import version
 from trtseg.build import checkpoint, graph, reference
 from trtseg.build.freeze import FrozenNetwork, freeze
 from trtseg.build.parts import parts

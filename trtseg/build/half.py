@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trtseg import tiling
-from trtseg.backends.base import NetworkOutput, logistic
+from trtseg.backends.base import run_tiles
 from trtseg.build.graph import AS_HALF, kept_layers, read_graph
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtseg.architecture import NetworkSpec
-    from trtseg.backends.base import Progress
+    from trtseg.backends.base import NetworkOutput, Progress
     from trtseg.build.graph import Operation
     from trtseg.tiling import TilePlan
 
@@ -207,17 +206,14 @@ class HalfNetwork:
         progress: Progress | None = None,
     ) -> NetworkOutput:
         """Run the planned tiles over a z-scored volume of shape ``plan.shape``."""
-        padded = tiling.pad(volume, plan)
-        labels = np.zeros(plan.shape, np.uint8)
-        maps = np.zeros(plan.shape, np.float32) if probabilities else None
-        for starts in plan.batches(1):
-            logits = self.tile_logits(tiling.gather(padded, starts, self.spec))
-            tiling.stitch(labels, starts[0], logits > 0)
-            if maps is not None:
-                tiling.stitch(maps, starts[0], logistic(logits))
-            if progress is not None:
-                progress(1)
-        return NetworkOutput(labels, maps)
+        return run_tiles(
+            volume,
+            plan,
+            lambda inputs: [self.tile_logits(inputs)],
+            batch=1,
+            probabilities=probabilities,
+            progress=progress,
+        )
 
     def tile_logits(self, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """Class difference of one tile, float32 (out, out, out); inputs are (1, 1, n, n, n)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import threading
 import time
@@ -12,7 +11,7 @@ import numpy as np
 
 from trtseg.architecture import KERNEL
 from trtseg.backends.base import Ceilings
-from trtseg.backends.openvino import calling, openvino_module, settings
+from trtseg.backends.openvino_library import calling, openvino_module, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +23,7 @@ _CONVOLUTION = (128, 256, 32)
 _COPY_BYTES = 1 << 28
 
 
-def cpu_ceilings(threads: int, precision: str) -> Ceilings:
+def measure(threads: int, precision: str) -> Ceilings:
     """Rates of one large convolution in OpenVINO and of one large copy, on this many threads.
 
     Parameters
@@ -52,7 +51,7 @@ def _convolution_rate(threads: int, precision: str) -> float:
     none = [0, 0, 0]
     with calling():
         openvino = openvino_module()
-        opset = importlib.import_module("openvino.opset13")
+        opset = openvino.opset13
         given = opset.parameter(image.shape, np.float32)
         node = opset.convolution(given, opset.constant(weight), [1, 1, 1], none, none, [1, 1, 1])
         core = openvino.Core()

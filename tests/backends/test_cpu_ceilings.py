@@ -4,33 +4,34 @@ import threading
 
 import pytest
 
-from trtseg.backends import ceilings
-from trtseg.backends.openvino import OpenVINOBackend, openvino_module
+from trtseg.backends import cpu_ceilings
+from trtseg.backends.openvino import OpenVINOBackend
+from trtseg.backends.openvino_library import openvino_module
 from trtseg.errors import DeviceError
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "_CONVOLUTION", (8, 16, 6))
-    monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(cpu_ceilings, "_CONVOLUTION", (8, 16, 6))
+    monkeypatch.setattr(cpu_ceilings, "_COPY_BYTES", 1 << 16)
 
 
 def test_rates_are_work_by_time(monkeypatch):
-    monkeypatch.setattr(ceilings, "_median_seconds", lambda action: (action() and None) or 0.5)
-    found = ceilings.cpu_ceilings(2, "f32")
+    monkeypatch.setattr(cpu_ceilings, "_median_seconds", lambda action: (action() and None) or 0.5)
+    found = cpu_ceilings.measure(2, "f32")
     assert found.operations_per_second == 2 * 6**3 * 27 * 8 * 16 / 0.5
     assert found.bytes_per_second == 2 * (1 << 16) / 0.5
 
 
 def test_the_backend_measures_with_its_own_threads(monkeypatch):
     asked = []
-    monkeypatch.setattr(ceilings, "cpu_ceilings", lambda *given: asked.append(given))
+    monkeypatch.setattr(cpu_ceilings, "measure", lambda *given: asked.append(given))
     OpenVINOBackend(threads=3).ceilings()
     assert asked == [(3, "f32")]
 
 
 def test_it_runs():
-    found = ceilings.cpu_ceilings(1, "f32")
+    found = cpu_ceilings.measure(1, "f32")
     assert found.operations_per_second > 0
     assert found.bytes_per_second > 0
 
@@ -52,7 +53,7 @@ def test_what_openvino_fails_with_is_told(monkeypatch, method, said, expected):
     owner = openvino.Core if method == "compile_model" else openvino.InferRequest
     monkeypatch.setattr(owner, method, fail)
     with pytest.raises(expected):
-        ceilings.cpu_ceilings(1, "f32")
+        cpu_ceilings.measure(1, "f32")
 
 
 def test_a_thread_there_is_no_room_for_is_a_memory_error(monkeypatch):
@@ -61,4 +62,4 @@ def test_a_thread_there_is_no_room_for_is_a_memory_error(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(MemoryError):
-        ceilings.cpu_ceilings(2, "f32")
+        cpu_ceilings.measure(2, "f32")
