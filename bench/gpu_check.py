@@ -40,7 +40,7 @@ from trtseg.bench import summary
 from trtseg.build.builder import build_models
 from trtseg.build.forms import cost, form_graph
 from trtseg.build.freeze import FrozenNetwork
-from trtseg.build.tensorrt import build_gpu_models
+from trtseg.build.tensorrt import build_gpu_models, inspect_engine
 from trtseg.cuda.chain import Chain, ChainOutput
 from trtseg.cuda.device import CudaDevice, list_gpus
 from trtseg.engine import WEIGHTS, Engine
@@ -156,6 +156,7 @@ def measure_all(
     torch = report.attempt("torch", lambda: torch_figures(compiled, frozen, tiles, batch))
     if None not in (latency, best, files):
         report.attempt("ratios", lambda: ratios(compiled, tiles, latency, best, files, torch))
+    report.attempt("layers", lambda: {net: layers(one) for net, one in compiled.items()})
     if not options.no_tests:
         report.attempt("tests", run_tests)
 
@@ -172,6 +173,12 @@ def validity(engine: GpuEngine) -> dict[str, Any] | None:
         return {"runtime": str(error), "said": messages.errors}
     found, diagnostics = runtime.get_engine_validity(engine.read(engine_file(engine.batches[0])))
     return {"validity": found.name, "diagnostics": int(diagnostics), "said": messages.errors}
+
+
+def layers(engine: GpuEngine) -> dict[str, Any]:
+    """What the library's inspector tells of the engine of the largest batch: what it fused."""
+    library = open_library(engine.manifest["library"]["name"])
+    return inspect_engine(library, engine.read(engine_file(engine.batches[-1])))
 
 
 def built(options: argparse.Namespace) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:

@@ -24,6 +24,7 @@ from trtseg.output import plan_outputs, save
 from trtseg.sidecar import ID_LENGTH, versions
 
 if TYPE_CHECKING:
+    from trtseg.chains import Chain
     from trtseg.output import OutputPaths
     from trtseg.pipeline import Segmentation, Segmenter
 
@@ -78,32 +79,13 @@ def measure(
     with load() as segmenter, _temporary_folder() as folder:
         start = time.perf_counter() - started
         paths = plan_outputs([scan], folder)[0]
-        first, result = _run(segmenter, scan, paths)
-        digest = _digest(result)
-        timed = []
-        for done in range(1, runs + 1):
-            seconds, again = _run(segmenter, scan, paths)
-            if _digest(again) != digest:
-                raise EngineError(
-                    f"run {done} gave other labels than the first one",
-                    expected="one answer, whenever it is asked for",
-                    action="do not use this device; see the system's log for its errors",
-                )
-            timed.append(seconds)
-            tell(done, runs)
-        host = _peak_bytes()  # before the ceilings, whose copies are larger than many a scan
-        chain = segmenter.chain
-        memory = {"host_peak_bytes": host, "device_bytes": chain.device_bytes()}
-        work = chain.work(read_scan(scan), result.brain)
-        ceilings = chain.ceilings()
-        stages = {name: summary([one[name] for one in timed]) for name in timed[0]}
+        result, first, timed = _timed(segmenter, scan, paths, runs, tell)
+        memory = {
+            "host_peak_bytes": _peak_bytes(),  # before the ceilings, whose copies may be larger
+            "device_bytes": segmenter.chain.device_bytes(),
+        }
         totals = summary([sum(one.values()) for one in timed])
         network = summary([sum(one[name] for name in NETWORK) for one in timed])
-        achieved = {
-            "operations_per_second": 2 * work.multiply_adds / network["p50_s"],
-            "bytes_per_second": work.bytes / network["p50_s"],
-        }
-        best = asdict(ceilings)
         return {
             "scan": {
                 "id": sha256_file(scan)[:ID_LENGTH],
@@ -118,17 +100,50 @@ def measure(
             "start_s": start,
             "first_scan_s": sum(first.values()),
             "runs": runs,
-            "stages": stages,
+            "stages": {name: summary([one[name] for one in timed]) for name in timed[0]},
             "total": totals,
             "network": network,
             "voxels_per_second": result.brain.size / totals["p50_s"],
-            "work": asdict(work),
-            "achieved": achieved,
-            "ceilings": best,
-            "of_ceilings": {name: achieved[name] / best[name] for name in best},
+            **_rates(segmenter.chain, scan, result, network["p50_s"]),
             "memory": memory,
-            "labels_sha256": digest,
+            "labels_sha256": _digest(result),
         }
+
+
+def _timed(
+    segmenter: Segmenter, scan: Path, paths: OutputPaths, runs: int, tell: Progress
+) -> tuple[Segmentation, dict[str, float], list[dict[str, float]]]:
+    """The first result, its stages' seconds, and those of the warm runs after it."""
+    first, result = _run(segmenter, scan, paths)
+    digest = _digest(result)
+    timed = []
+    for done in range(1, runs + 1):
+        seconds, again = _run(segmenter, scan, paths)
+        if _digest(again) != digest:
+            raise EngineError(
+                f"run {done} gave other labels than the first one",
+                expected="one answer, whenever it is asked for",
+                action="do not use this device; see the system's log for its errors",
+            )
+        timed.append(seconds)
+        tell(done, runs)
+    return result, first, timed
+
+
+def _rates(chain: Chain, scan: Path, result: Segmentation, seconds: float) -> dict[str, Any]:
+    """What the networks executed in these seconds, beside what the device reaches at its best."""
+    work = chain.work(read_scan(scan), result.brain)
+    achieved = {
+        "operations_per_second": 2 * work.multiply_adds / seconds,
+        "bytes_per_second": work.bytes / seconds,
+    }
+    ceilings = asdict(chain.ceilings())
+    return {
+        "work": asdict(work),
+        "achieved": achieved,
+        "ceilings": ceilings,
+        "of_ceilings": {name: achieved[name] / best for name, best in ceilings.items()},
+    }
 
 
 @contextmanager

@@ -29,7 +29,7 @@ import numpy as np
 from trtseg import __version__, tiling
 from trtseg.architecture import NETWORKS
 from trtseg.backends.openvino import OpenVINOBackend
-from trtseg.backends.openvino import version as openvino_version
+from trtseg.backends.openvino_library import version as openvino_version
 from trtseg.backends.tensorrt_library import (
     LIBRARIES,
     Messages,
@@ -283,44 +283,32 @@ def _targets(library: Library, wanted: Sequence[str]) -> _Targets:
 
 
 def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) -> GpuEngine:
-    spec, name = engine.spec, engine.net.upper()
-    frozen_sha256 = engine.manifest["files"][WEIGHTS]
+    spec = engine.spec
     form = plan.form or default_form(spec)
     recipe = _recipe(engine, plan, form)
-    if not force:
-        try:
-            there = load_gpu_engine(root, engine.models, engine.net, frozen_sha256=frozen_sha256)
-        except EngineError:
-            pass  # missing, stale, damaged or foreign: all are mended by compiling
-        else:
-            if there.manifest["cache_key"] == cache_key(recipe):
-                return there
+    there = None if force else _intact(engine, root, recipe)
+    if there is not None:
+        return there
+
+    def tell(step: str) -> None:
+        say(f"{engine.net.upper()}: {step}")
+
     network = FrozenNetwork.from_bytes(engine.read(WEIGHTS), spec)
-    say(f"{name}: evaluating float16 rounding on the CPU")
+    tell("evaluating float16 rounding on the CPU")
     inputs = _demo_tile(spec)
     fitted = _fit(engine, network, form, inputs)
     if fitted.layers:
         kept = ", ".join(f"{label} ({', '.join(parts)})" for label, parts in fitted.layers.items())
-        say(f"{name}: kept in float32, near or beyond float16's range: {kept}")
+        tell(f"kept in float32, near or beyond float16's range: {kept}")
     selftest, evidence = _selftest(engine, inputs, fitted)
     files = {SELFTEST: selftest, CEILING: plan.ceiling, **plan.kernels.files}
-    seconds = {}
-    for batch in plan.batches:
-        say(f"{name}: compiling for {batch} tile{'s' * (batch > 1)} at a time")
-        built = build_engine(
-            plan.library,
-            form_graph(network, form, batch=batch, wide=fitted.wide),
-            compute_capabilities=plan.targets.named,
-            report=_paced(lambda phase, part: say(f"{name}: {phase}, {part:.0%}")),
-        )
-        files[engine_file(batch)] = built.content
-        seconds[str(batch)] = round(built.seconds, 3)
+    engines, seconds = _compiled(network, form, fitted, plan, tell)
     return write_gpu_engine(
         root,
         engine.models,
         engine.net,
         spec=spec,
-        files=files,
+        files={**files, **engines},
         facts={
             "recipe": recipe,
             "checkpoint": engine.manifest["checkpoint"],
@@ -340,16 +328,48 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
             "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "compile_seconds": seconds,
             "cost": dataclasses.asdict(cost(spec, form)),
-            "versions": {
-                "trtseg": __version__,
-                plan.library.name: plan.library.version,
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "onnx": graph.version(),
-                "openvino": openvino_version(),
-            },
+            "versions": _versions(plan.library),
         },
     )
+
+
+def _intact(engine: Engine, root: Path, recipe: Mapping[str, Any]) -> GpuEngine | None:
+    """What was compiled of the same recipe before, if it can still be used."""
+    frozen_sha256 = engine.manifest["files"][WEIGHTS]
+    try:
+        there = load_gpu_engine(root, engine.models, engine.net, frozen_sha256=frozen_sha256)
+    except EngineError:
+        return None  # missing, stale, damaged or foreign: all are mended by compiling
+    return there if there.manifest["cache_key"] == cache_key(recipe) else None
+
+
+def _compiled(
+    network: FrozenNetwork, form: str, fitted: Fit, plan: _Plan, say: Report
+) -> tuple[dict[str, bytes], dict[str, float]]:
+    """An engine per batch, by file name, and the seconds that each took, by batch."""
+    files, seconds = {}, {}
+    for batch in plan.batches:
+        say(f"compiling for {batch} tile{'s' * (batch > 1)} at a time")
+        built = build_engine(
+            plan.library,
+            form_graph(network, form, batch=batch, wide=fitted.wide),
+            compute_capabilities=plan.targets.named,
+            report=_paced(lambda phase, part: say(f"{phase}, {part:.0%}")),
+        )
+        files[engine_file(batch)] = built.content
+        seconds[str(batch)] = round(built.seconds, 3)
+    return files, seconds
+
+
+def _versions(library: Library) -> dict[str, str]:
+    return {
+        "trtseg": __version__,
+        library.name: library.version,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnx": graph.version(),
+        "openvino": openvino_version(),
+    }
 
 
 def _paced(report: Callable[[str, float], None]) -> Callable[[str, float], None]:
