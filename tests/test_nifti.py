@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import mmap
-import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -15,26 +13,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from isal import igzip
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from tests.golden import GOLDEN
-from trtseg import nifti
-from trtseg.errors import InputError, OutputError
-from trtseg.home import demo_folder
-from trtseg.scan import Geometry
-
-# Rotated about two axes, by the angles of Pythagorean triples; sides of 0.8, 0.75 and 0.75 mm.
-AFFINE = np.array(
-    [
-        [-0.784158, 0.142574, -0.041584, 50.0],
-        [-0.158416, -0.705743, 0.205842, 66.5],
-        [0.0, 0.21, 0.72, -43.25],
-        [0.0, 0.0, 0.0, 1.0],
-    ]
+from tests.images import (
+    AFFINE,
+    REAL_DTYPES,
+    SHAPE,
+    file_bytes,
+    geometry,
+    make_header,
+    ramp,
+    save,
 )
-SHAPE = (4, 5, 6)
-REAL_DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"]
+from trtseg import nifti
+from trtseg.errors import DeviceError, InputError
+from trtseg.home import demo_folder
 
 
 def fixed(examples: int) -> settings:
@@ -45,42 +39,6 @@ def fixed(examples: int) -> settings:
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
-
-
-def ramp(shape: tuple[int, ...] = SHAPE, dtype: str = "i2") -> np.ndarray:
-    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-
-
-def make_header(
-    shape: tuple[int, ...], dtype: Any, *, version: int = 1, endian: str = "<", **fields: Any
-) -> nibabel.Nifti1Header:
-    kind = nibabel.Nifti1Header if version == 1 else nibabel.Nifti2Header
-    header = kind(endianness=endian)
-    header.set_data_dtype(dtype)
-    header.set_data_shape(shape)
-    header.set_sform(AFFINE, code="scanner")
-    header.set_qform(AFFINE, code="scanner")
-    header.set_xyzt_units("mm", "sec")
-    header["vox_offset"] = header.single_vox_offset
-    for name, value in fields.items():
-        header[name] = value
-    return header
-
-
-def file_bytes(data: np.ndarray, *, endian: str = "<", **header: Any) -> bytes:
-    made = make_header(data.shape, data.dtype, endian=endian, **header)
-    voxels = data.astype(data.dtype.newbyteorder(endian)).tobytes(order="F")
-    return made.binaryblock.ljust(int(made["vox_offset"]), b"\0") + voxels
-
-
-def save(path: Path, content: bytes) -> Path:
-    path.write_bytes(gzip.compress(content) if path.name.lower().endswith(".gz") else content)
-    return path
-
-
-def geometry() -> Geometry:
-    header = make_header(SHAPE, "i2")
-    return nifti.scan_from_image(nibabel.Nifti1Image(ramp(), AFFINE, header)).geometry
 
 
 def open_files() -> list[str]:
@@ -299,55 +257,6 @@ def test_distance_is_taken_at_the_far_corners(tmp_path):
     assert nifti.form_conflict(geometry, (1, 1, 6)) == ""
 
 
-def sheared(degrees: float) -> np.ndarray:
-    affine = AFFINE.copy()
-    angle = np.radians(degrees)
-    first, second = (AFFINE[:3, axis] / np.linalg.norm(AFFINE[:3, axis]) for axis in (0, 1))
-    affine[:3, 1] = 0.75 * (np.cos(angle) * first + np.sin(angle) * second)
-    return affine
-
-
-@pytest.mark.parametrize(("degrees", "said"), [(85, "85.00"), (95, "85.00"), (89.88, "89.88")])
-def test_sheared_affine_is_taken_with_a_warning(degrees, said):
-    (warning,) = nifti.scan_from_array(ramp(), sheared(degrees)).warnings
-
-    assert warning.startswith(
-        f"sheared affine, with voxel axes at {said} degrees, expected 90 within 0.1:"
-    )
-
-
-@pytest.mark.parametrize("degrees", [89.92, 90, 90.08])
-def test_shear_of_rounding_is_not_spoken_of(degrees):
-    assert nifti.scan_from_array(ramp(), sheared(degrees)).warnings == ()
-
-
-@pytest.mark.parametrize(
-    "sizes", [(0.5, 0.5, 0.5), (1.2, 1.2, 1.2), (0.8, 0.8, 1.2), (0.5, 0.75, 0.6), (1, 1, 1)]
-)
-def test_voxels_of_the_known_sizes_are_not_spoken_of(sizes):
-    affine = np.diag([*sizes, 1]) @ np.diag([-1, -1, 1, 1])
-    assert nifti.scan_from_array(ramp(), affine).warnings == ()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "said"),
-    [
-        ((0.49, 0.49, 0.49), "0.49 x 0.49 x 0.49 mm"),
-        ((1, 1, 1.25), "1 x 1 x 1.25 mm"),
-        ((0.75, 0.75, 1.15), "0.75 x 0.75 x 1.15 mm"),
-        ((1.1, 1.1, 3.3), "1.1 x 1.1 x 3.3 mm"),
-        ((8e-4, 8e-4, 8e-4), "0.0008 x 0.0008 x 0.0008 mm"),
-    ],
-)
-def test_voxels_of_other_sizes_are_taken_with_a_warning(sizes, said):
-    affine = np.diag([-1, -1, 1, 1]) @ AFFINE @ np.diag([*np.divide(sizes, (0.8, 0.75, 0.75)), 1])
-    (warning,) = nifti.scan_from_array(ramp(), affine).warnings
-
-    assert warning.startswith(
-        f"voxels of {said}, expected sides of 0.5 to 1.2 mm and none over 1.5 times another "
-    )
-
-
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.MGHImage])
 def test_image_in_memory_gets_the_same_warnings(kind):
     affine = AFFINE @ np.diag([2, 2, 2, 1])
@@ -459,30 +368,6 @@ def test_missing_half_of_a_pair(tmp_path):
         nifti.read_scan(tmp_path / "a.img")
 
 
-def test_folder(tmp_path):
-    (tmp_path / "a.nii").mkdir()
-    assert "a folder" in refusal(tmp_path / "a.nii")
-
-
-def test_pipe_is_refused_without_waiting_for_it(tmp_path):
-    os.mkfifo(tmp_path / "a.nii")
-    assert "not a regular file" in refusal(tmp_path / "a.nii")
-
-
-def test_no_permission(tmp_path, monkeypatch):
-    path = save(tmp_path / "a.nii", file_bytes(ramp()))
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    assert "Permission denied" in refusal(path)
-
-
-def test_nul_byte_in_the_name():
-    assert "null" in refusal(Path("a\0b.nii"))
-
-
 def test_memory_that_runs_out(tmp_path, monkeypatch):
     path = save(tmp_path / "a.nii", file_bytes(ramp()))
 
@@ -490,7 +375,8 @@ def test_memory_that_runs_out(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(nifti, "_first_volume", exhaust)
-    assert "larger than the memory left" in refusal(path)
+    with pytest.raises(DeviceError, match=r"a\.nii: an image larger than the memory left"):
+        nifti.read_scan(path)
 
 
 @pytest.mark.parametrize("name", ["a.mgz", "a.nrrd", "a.dcm", "a", "a.gz"])
@@ -926,18 +812,6 @@ def test_image_without_an_affine():
         nifti.scan_from_image(nibabel.Nifti1Image(ramp(), None))
 
 
-@pytest.mark.parametrize("dtype", [*REAL_DTYPES, ">i2", ">f4", "f2", "?", "longdouble"])
-def test_array_of_any_real_type(dtype):
-    data = ramp(dtype=dtype)
-
-    scan = nifti.scan_from_array(data, AFFINE)
-
-    np.testing.assert_array_equal(scan.data, data)
-    wanted = {"?": "u1", "longdouble": "f8"}.get(dtype, dtype)
-    assert scan.data.dtype == np.dtype(wanted).newbyteorder("=")
-    assert scan.warnings == ()
-
-
 def test_array_has_the_geometry_nibabel_gives_it():
     scan = nifti.scan_from_array(ramp(), AFFINE)
 
@@ -956,12 +830,6 @@ def test_array_of_several_volumes():
     assert scan.warnings[0].startswith("4-D file of 3 volumes")
 
 
-@pytest.mark.parametrize("data", [[[1, 2], [3]], "abc", None, np.full(SHAPE, "x")])
-def test_object_that_is_no_array(data):
-    with pytest.raises(InputError):
-        nifti.scan_from_array(data, AFFINE)
-
-
 @pytest.mark.parametrize("shape", [(0, 5, 6), (40_000, 1, 1)])
 def test_array_with_axes_out_of_range(shape):
     with pytest.raises(InputError, match="axes of"):
@@ -972,120 +840,14 @@ def test_array_with_axes_out_of_range(shape):
     ("affine", "found"),
     [
         (np.eye(3), "shape (3, 3)"),
-        (np.eye(4) * 1j, "complex"),
-        ("eye", "shape ()"),
-        ([[1, 2], [3]], "no array"),
-        (np.diag([1, 1, 1, 2]), "last row"),
         (np.diag([1, 1, 0, 1]), "singular"),
-        (np.diag([1, np.nan, 1, 1]), "not finite"),
         (np.diag([1e39, 1e39, 1e39, 1]), "not finite"),  # not in float32
-        (np.diag([1e-60, 1, 1, 1]), "singular"),
     ],
 )
 def test_affine_of_no_use_for_an_array(affine, found):
     with pytest.raises(InputError) as caught:
         nifti.scan_from_array(ramp(), affine)
     assert found in str(caught.value)
-
-
-# Masks
-
-
-def write_mask(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE, **fields: Any) -> Path:
-    header = make_header(values.shape, values.dtype, **fields)
-    header.set_sform(affine, code="scanner")
-    content = header.binaryblock.ljust(352, b"\0") + values.tobytes(order="F")
-    return save(path, content)
-
-
-BRAIN = ramp() % 3 == 0
-
-
-@pytest.mark.parametrize("dtype", ["u1", "i2", "f4", "f8"])
-def test_mask_of_any_type(tmp_path, dtype):
-    path = write_mask(tmp_path / "m.nii.gz", BRAIN.astype(dtype))
-    mask = nifti.read_mask(path, geometry(), SHAPE)
-    assert mask.dtype == bool
-    np.testing.assert_array_equal(mask, BRAIN)
-
-
-def test_mask_of_scaled_values(tmp_path):
-    stored = BRAIN.astype(np.uint8) * 255
-    path = write_mask(tmp_path / "m.nii.gz", stored, scl_slope=0.99999997 / 255, scl_inter=0)
-    assert nifti.read_scan(path).data.dtype == np.float64
-    np.testing.assert_array_equal(nifti.read_mask(path, geometry(), SHAPE), BRAIN)
-
-
-def test_mask_threshold_is_above_one_half(tmp_path):
-    values = np.zeros(SHAPE, np.float32)
-    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = 0.5, np.nextafter(np.float32(0.5), 1), -3
-    path = write_mask(tmp_path / "m.nii", values)
-    assert np.argwhere(nifti.read_mask(path, geometry(), SHAPE)).tolist() == [[1, 0, 0]]
-
-
-@pytest.mark.parametrize("shape", [(5, 4, 6), (4, 5, 7), (4, 5, 5)])
-def test_mask_of_another_shape(tmp_path, shape):
-    path = write_mask(tmp_path / "m.nii", np.ones(shape, np.uint8))
-    with pytest.raises(InputError) as caught:
-        nifti.read_mask(path, geometry(), SHAPE)
-    assert str(shape) in str(caught.value)
-    assert str(SHAPE) in str(caught.value)
-    with pytest.raises(InputError, match="mask of shape"):
-        nifti.mask_from_array(np.ones(shape, bool), SHAPE)
-
-
-def test_mask_that_lies_off_the_scan(tmp_path):
-    shifted = AFFINE.copy()
-    shifted[2, 3] += 0.05
-    path = write_mask(tmp_path / "m.nii", BRAIN.astype("u1"), shifted)
-    np.testing.assert_array_equal(nifti.read_mask(path, geometry(), SHAPE), BRAIN)
-    shifted[2, 3] += 0.15
-    path = write_mask(tmp_path / "m.nii", BRAIN.astype("u1"), shifted)
-    with pytest.raises(InputError, match=r"m\.nii: .* up to 0\.2 mm off"):
-        nifti.read_mask(path, geometry(), SHAPE)
-
-
-def test_mask_whose_far_corner_alone_lies_off(tmp_path):
-    longer = AFFINE.copy()
-    longer[2, 2] += 0.05  # 5 voxels from the first plane to the last: 0.25 mm
-    path = write_mask(tmp_path / "m.nii", BRAIN.astype("u1"), longer)
-    with pytest.raises(InputError, match=r"up to 0\.25 mm off"):
-        nifti.read_mask(path, geometry(), SHAPE)
-
-
-def test_mask_of_other_handedness(tmp_path):
-    path = write_mask(tmp_path / "m.nii", BRAIN.astype("u1"), np.diag([-1, 1, 1, 1]) @ AFFINE)
-    with pytest.raises(InputError, match="mm off"):
-        nifti.read_mask(path, geometry(), SHAPE)
-
-
-def test_mask_with_nan(tmp_path):
-    values = BRAIN.astype(np.float32)
-    values[0, 0, 0] = np.nan
-    path = write_mask(tmp_path / "m.nii", values)
-    with pytest.raises(InputError, match="1 voxels that are not finite"):
-        nifti.read_mask(path, geometry(), SHAPE)
-    with pytest.raises(InputError, match="1 voxels that are not finite"):
-        nifti.mask_from_array(values, SHAPE)
-
-
-def test_mask_of_several_volumes(tmp_path):
-    path = write_mask(tmp_path / "m.nii", np.ones((*SHAPE, 2), np.uint8))
-    with pytest.raises(InputError, match="4-D with 2 volumes"):
-        nifti.read_mask(path, geometry(), SHAPE)
-
-
-@pytest.mark.parametrize("dtype", ["?", "u1", "i8", ">f4"])
-def test_mask_from_array(dtype):
-    mask = nifti.mask_from_array(BRAIN.astype(dtype), SHAPE)
-    assert mask.dtype == bool
-    np.testing.assert_array_equal(mask, BRAIN)
-
-
-@pytest.mark.parametrize("array", [BRAIN.astype("c8"), None, np.full(SHAPE, "x")])
-def test_mask_that_is_no_array_of_numbers(array):
-    with pytest.raises(InputError, match="mask array"):
-        nifti.mask_from_array(array, SHAPE)
 
 
 # Writing
@@ -1265,19 +1027,6 @@ def test_same_labels_same_bytes(tmp_path, monkeypatch):
     assert head[4:8] == bytes(4)  # no time
 
 
-def test_suffix_says_whether_to_compress(tmp_path):
-    for name, start in [("a.nii", b"\x5c\x01"), ("A.NII", b"\x5c\x01"), ("A.NII.GZ", b"\x1f\x8b")]:
-        nifti.write_labels(tmp_path / name, ramp(dtype="u1"), geometry())
-        assert (tmp_path / name).read_bytes()[:2] == start
-
-
-@pytest.mark.parametrize("name", ["a.hdr", "a.img", "a.mgz", "a"])
-def test_other_suffixes_are_not_written(tmp_path, name):
-    with pytest.raises(OutputError, match="suffix"):
-        nifti.write_labels(tmp_path / name, ramp(dtype="u1"), geometry())
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("description", ["d" * 80, "é"])
 def test_description_that_does_not_fit(tmp_path, description):
     with pytest.raises(ValueError, match=r"description|ascii"):
@@ -1287,109 +1036,9 @@ def test_description_that_does_not_fit(tmp_path, description):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("labels", [ramp(), ramp(dtype="f4"), ramp((4, 5), "u1"), BRAIN])
+@pytest.mark.parametrize("labels", [ramp(), ramp(dtype="f4"), ramp((4, 5), "u1"), ramp() > 3])
 def test_arrays_that_are_no_labels(tmp_path, labels):
     with pytest.raises(ValueError, match="expected 3-D uint8"):
         nifti.write_labels(tmp_path / "a.nii", labels, geometry())
     with pytest.raises(ValueError, match="expected 3-D float32"):
         nifti.write_probabilities(tmp_path / "a.nii", ramp(dtype="f8"), geometry())
-
-
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-def test_failure_in_the_middle_leaves_the_old_file(tmp_path, monkeypatch, name, error):
-    path = tmp_path / name
-    nifti.write_labels(path, ramp(dtype="u1"), geometry())
-    before = path.read_bytes()
-
-    def fail(*args: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
-        nifti.write_labels(path, np.ones(SHAPE, np.uint8), geometry())
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == [name]
-
-
-def test_compression_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.nii.gz"
-    nifti.write_labels(path, ramp(dtype="u1"), geometry())
-    before = path.read_bytes()
-    written = igzip.IGzipFile.write
-
-    def fail_on_voxels(self: igzip.IGzipFile, data: bytes) -> int:
-        if len(data) != 352:
-            raise OSError(errno.EIO, "Input/output error")
-        return written(self, data)
-
-    monkeypatch.setattr(igzip.IGzipFile, "write", fail_on_voxels)
-    with pytest.raises(OutputError, match="Input/output error"):
-        nifti.write_labels(path, np.ones(SHAPE, np.uint8), geometry())
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.nii.gz"]
-
-
-def test_places_that_cannot_be_written(tmp_path):
-    with pytest.raises(OutputError, match="No such file"):
-        nifti.write_labels(tmp_path / "none" / "a.nii", ramp(dtype="u1"), geometry())
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match="Not a directory"):
-        nifti.write_labels(tmp_path / "file" / "a.nii", ramp(dtype="u1"), geometry())
-    (tmp_path / "a.nii").mkdir()
-    with pytest.raises(OutputError, match="Is a directory"):
-        nifti.write_labels(tmp_path / "a.nii", ramp(dtype="u1"), geometry())
-
-
-# The rest
-
-
-@pytest.mark.parametrize(
-    ("name", "stem"),
-    [
-        ("scan.nii", "scan"),
-        ("scan.nii.gz", "scan"),
-        ("sub-01_T2w.rec.NII.GZ", "sub-01_T2w.rec"),
-        ("scan.hdr", "scan"),
-        ("scan.IMG", "scan"),
-        ("nii.nii.nii.gz", "nii.nii"),
-        ("scan.gz", "scan.gz"),
-        ("scan", "scan"),
-    ],
-)
-def test_volume_stem(name, stem):
-    assert nifti.volume_stem(Path("folder.nii") / name) == stem
-
-
-@pytest.mark.parametrize(
-    ("name", "files"),
-    [
-        ("a.nii", ["a.nii"]),
-        ("a.nii.gz", ["a.nii.gz"]),
-        ("a", ["a"]),
-        ("a.hdr", ["a.hdr", "a.img"]),
-        ("a.img", ["a.hdr", "a.img"]),
-        ("a.b.IMG", ["a.b.HDR", "a.b.IMG"]),
-    ],
-)
-def test_files_of_a_volume(name, files):
-    found = nifti.volume_files(Path("folder") / name)
-    assert found == tuple(Path("folder") / file for file in files)
-
-
-def test_check_files_names_the_one_that_is_missing(tmp_path):
-    (tmp_path / "a.hdr").touch()
-    (tmp_path / "b.img").touch()
-    (tmp_path / "c.hdr").touch()
-    (tmp_path / "c.img").mkdir()
-    for name, said in [
-        ("a.hdr", r"a\.img: No such file"),
-        ("a.img", r"a\.img: No such file"),
-        ("b.img", r"b\.hdr: No such file"),
-        ("c.hdr", r"c\.img: a folder"),
-        ("d.nii.gz", r"d\.nii\.gz: No such file"),
-    ]:
-        with pytest.raises(InputError, match=said):
-            nifti.check_files(tmp_path / name)
-    (tmp_path / "a.img").touch()
-    nifti.check_files(tmp_path / "a.hdr")

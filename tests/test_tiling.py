@@ -7,37 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.specs import shapes, small, specs
 from trtseg import tiling
-from trtseg.architecture import PUBLISHED, NetworkSpec, PathwaySpec
+from trtseg.architecture import PUBLISHED, NetworkSpec
 from trtseg.backends.fake import FakeNetwork
 
 FEW = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 FILL = -1
-
-
-def small(tile: int, layers: int = 1, factors: tuple[int, ...] = (3,)) -> NetworkSpec:
-    """Receptive field 1 + 2 x `layers`."""
-    return NetworkSpec(
-        pathways=tuple(
-            PathwaySpec(factor, (1,) * layers, (), (0.0,) * layers) for factor in (1, *factors)
-        ),
-        fc_maps=(1,),
-        fc_residual_layers=(),
-        fc_dropout=(0.0, 0.0),
-        tile=tile,
-        batch=3,
-    )
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> NetworkSpec:
-    layers = draw(st.integers(1, 3))
-    field = 1 + 2 * layers
-    factors = draw(st.lists(st.integers(2, 7), unique=True, max_size=3))
-    return small(draw(st.integers(field, field + 7)), layers, tuple(factors))
-
-
-shapes = st.tuples(*[st.integers(1, 19)] * 3)
 
 
 def random_volume(shape: tuple[int, ...], seed: int) -> np.ndarray:

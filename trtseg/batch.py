@@ -32,6 +32,7 @@ from trtseg.sidecar import (
     stats_row,
     write_sidecar,
 )
+from trtseg.volumefile import check_files, volume_files, volume_stem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -136,7 +137,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _is_result(path: Path, *, by_scan: bool) -> bool:
-    start = map_of(nifti.volume_stem(path))
+    start = map_of(volume_stem(path))
     beside = [SIDECAR_ENDING, *(_SCANS if by_scan else ())]
     return start is not None and any(
         os.path.lexists(path.parent / f"{start}{other}") for other in beside
@@ -329,7 +330,7 @@ def process(
 def _request(segmenter: Segmenter, scan: Path, options: Options) -> dict[str, Any]:
     inputs = {"scan": scan, **({} if options.mask is None else {"mask": options.mask})}
     for path in inputs.values():
-        nifti.check_files(path)
+        check_files(path)
     return request(
         inputs=inputs,
         engines=segmenter.engines,
@@ -448,7 +449,7 @@ def _reason(error: TrtsegError, scan: Path) -> str:
 
     What stands in brackets is left out: it may quote the file.
     """
-    for file in nifti.volume_files(scan):
+    for file in volume_files(scan):
         start = f"{file}: "
         if error.found.startswith(start):
             return error.found[len(start) :].partition(" (")[0]

@@ -1,4 +1,4 @@
-"""Scans and masks read, labels and probabilities written: NIfTI-1 and NIfTI-2 files.
+"""Scans read, labels and probabilities written: NIfTI-1 and NIfTI-2 files.
 
 The only module that imports nibabel. What a header says comes from nibabel's header classes; the
 voxels are read here, so that the claim of a header is checked before memory is given to it and a
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import math
-import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from isal import igzip, isal_zlib
 from numpy.typing import ArrayLike, NDArray
 
-from trtseg.errors import InputError, OutputError
-from trtseg.files import atomic_write
-from trtseg.scan import Geometry, Scan
+from trtseg.affine import affine_warnings, as_affine, check_affine, corner_distance
+from trtseg.errors import InputError
+from trtseg.scan import Geometry, Scan, as_array, check_voxel_type, real_voxels
+from trtseg.volumefile import open_volume, volume_files, volume_suffix, write_volume
 
 #: The NIfTI header fields that say where voxels lie; all others stay behind with the scan.
 GEOMETRY_FIELDS = (
@@ -44,57 +42,22 @@ GEOMETRY_FIELDS = (
     "xyzt_units",
 )
 
-#: What reading a damaged or cut gzip file raises; to isal's type stubs its error is none.
-_GZIP_ERRORS: tuple[type[Exception], ...] = (
-    igzip.BadGzipFile,
-    EOFError,
-    isal_zlib.error,  # type: ignore[assignment]
-)
-
 #: Longest description a NIfTI header holds: its `descrip` has 80 bytes, the last one zero.
 MAX_DESCRIPTION = 79
-
-#: Distance in mm that a mask's corner voxels may lie off the scan's: well above the rounding of an
-#: affine to float32, well below a voxel.
-MASK_TOLERANCE_MM = 0.1
-
-#: Value above which a mask's voxel is brain; halfway, since scaled masks hold 0.99999997 for 1.
-MASK_THRESHOLD = 0.5
 
 #: Distance in mm that a header's qform and sform may put between a corner voxel and itself: well
 #: above the rounding of both to float32, well below what shows on a screen.
 FORM_TOLERANCE_MM = 0.01
-
-#: Degrees by which two voxel axes may miss the right angle: about 0.2 mm over a fetal head, and
-#: more than an affine written with four decimals is off.
-SHEAR_TOLERANCE_DEGREES = 0.1
-
-#: Voxel sizes in mm that give no warning: about 1.5 times either way from the 0.8 mm of the
-#: phantoms the demo networks were trained on. The repository of the published networks does not
-#: state the voxel size they were trained at.
-VOXEL_SIZES_MM = (0.5, 1.2)
-
-#: Longest side of a voxel over its shortest that passes. The networks were developed on
-#: reconstructions with equal sides; stacks of thick slices have ratios of 3 and more.
-MAX_ANISOTROPY = 1.5
-
-#: What a side may be off by: float32 holds 1.2 as 1.2000000477.
-_ROUNDING_MM = 1e-3
 
 #: Bytes after the last voxel that give no warning: so many fill a file up to a multiple of 16, the
 #: unit that the NIfTI-1 standard recommends for `vox_offset`. A wrong size in a header hides a row
 #: of voxels at least, which is more in every scan of use.
 MAX_PADDING = 15
 
-_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img")
-_PAIR = {".hdr": ".img", ".img": ".hdr"}
 _CHUNK = 1 << 20
 _HEADER_BYTES = 540  # NIfTI-2, the longest of the headers read here
 _MAX_CLAIM = 16 << 30
 _MAX_AXIS = 32767  # int16, the type of NIfTI-1's dim; longer "axes" there are surface data
-# Measured on a 200 x 200 x 180 label map, ISA-L takes 1 ms and 120 kB at this level, 8 ms and more
-# bytes at its highest; zlib takes 7 ms and 150 kB at its lowest, 18 ms and 60 kB at its default.
-_GZIP_LEVEL = 1
 _SPATIAL_UNITS = {1: "metre", 3: "micrometre"}  # the three low bits of xyzt_units
 _ANALYZE_WARNING = (
     "Analyze 7.5 file: it does not store which side is left; nibabel's affine is taken, and a .mat "
@@ -148,8 +111,7 @@ def read_scan(path: Path) -> Scan:
         `scl_inter` 0), else float64. `warnings` has a line for a 4-D file of several volumes; for
         a header whose `bitpix` is not that of its `datatype`; for a header without orientation, or
         whose unit is not the millimetre; for a coded qform and sform that disagree
-        (`form_conflict`); for voxel axes that are not at right angles; for voxels far from those
-        the networks are known to work on (`VOXEL_SIZES_MM`, `MAX_ANISOTROPY`); and for more than
+        (`form_conflict`); for what `trtseg.affine.affine_warnings` finds; and for more than
         `MAX_PADDING` bytes after the last voxel that the header claims.
 
     Raises
@@ -157,9 +119,25 @@ def read_scan(path: Path) -> Scan:
     InputError
         The file is missing, not readable, not NIfTI, truncated or damaged; or its image is not one
         3-D volume of finite real numbers with an affine that can be inverted.
+    DeviceError
+        The image is larger than the memory left.
     """
-    scan, _ = _read(path)
+    scan, _ = read_first_volume(path)
     return scan
+
+
+def read_first_volume(path: Path) -> tuple[Scan, int]:
+    """Read as `read_scan` does, and tell how many volumes the file has."""
+    header_path, data_path = _header_and_data(path)
+    with open_volume(header_path) as stream:
+        block = stream.read(_HEADER_BYTES)
+    header = _parse(header_path, block, single=header_path == data_path)
+    with open_volume(data_path) as stream:
+        _check_claim(data_path, header)
+        voxels, surplus = _first_volume(data_path, stream, header)
+        data = real_voxels(str(data_path), _as_voxels(voxels, header))
+    warnings = (*header.warnings, *_surplus_warnings(surplus))
+    return Scan(data, header.geometry, warnings), header.volumes
 
 
 def scan_from_image(image: Any, *, name: str = "image in memory") -> Scan:
@@ -204,7 +182,7 @@ def scan_from_image(image: Any, *, name: str = "image in memory") -> Scan:
         else:
             geometry = geometry_of_affine(image.affine, name=name)
         warnings = (*_volume_warnings(volumes), *_geometry_warnings(geometry, image.shape[:3]))
-    return Scan(_real(name, np.asarray(data)), geometry, warnings)
+    return Scan(real_voxels(name, np.asarray(data)), geometry, warnings)
 
 
 def scan_from_array(data: ArrayLike, affine: ArrayLike) -> Scan:
@@ -229,12 +207,12 @@ def scan_from_array(data: ArrayLike, affine: ArrayLike) -> Scan:
         As for `read_scan`.
     """
     name = "array in memory"
-    array = _as_array(name, data)
+    array = as_array(name, data)
     volumes = _check_shape(name, array.shape)
     with _nibabel_errors(name):
         geometry = geometry_of_affine(affine, name=name)
         warnings = (*_volume_warnings(volumes), *_geometry_warnings(geometry, array.shape[:3]))
-    return Scan(_real(name, array[_first(array.shape)]), geometry, warnings)
+    return Scan(real_voxels(name, array[_first(array.shape)]), geometry, warnings)
 
 
 def geometry_of_affine(affine: ArrayLike, *, name: str = "affine in memory") -> Geometry:
@@ -259,7 +237,7 @@ def geometry_of_affine(affine: ArrayLike, *, name: str = "affine in memory") -> 
     """
     from nibabel.nifti1 import Nifti1Header
 
-    matrix = _as_affine(name, affine)
+    matrix = as_affine(name, affine)
     header = Nifti1Header()
     header.set_sform(matrix, code="aligned")
     header.set_qform(matrix, code="unknown")
@@ -289,7 +267,7 @@ def closest_axes(affine: ArrayLike) -> NDArray[np.float64]:
     """
     from nibabel.orientations import io_orientation
 
-    matrix = _as_affine("affine in memory", affine)
+    matrix = as_affine("affine in memory", affine)
     with np.errstate(all="ignore"):
         return np.asarray(io_orientation(matrix), dtype=np.float64)
 
@@ -321,98 +299,6 @@ def form_conflict(geometry: Geometry, shape: tuple[int, int, int]) -> str:
         return ""
     apart = f"up to {distance:.3g} mm apart" if distance < math.inf else "apart beyond measure"
     return f"qform and sform put the same voxel {apart}"
-
-
-def read_mask(path: Path, like: Geometry, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
-    """Read a brain mask that lies on a scan's own voxels.
-
-    Parameters
-    ----------
-    path : Path
-        Any file `read_scan` takes; integers or scaled floats.
-    like : Geometry
-        Geometry of the scan.
-    shape : tuple of int
-        Shape (i, j, k) of the scan.
-
-    Returns
-    -------
-    ndarray of bool, shape (i, j, k)
-        True where the value is above 0.5.
-
-    Raises
-    ------
-    InputError
-        As for `read_scan`; and the mask has several volumes, another shape, or an affine that puts
-        one of the array's eight corner voxels more than 0.1 mm off the scan's.
-    """
-    scan, volumes = _read(path)
-    return _mask_on_grid(str(path), scan, volumes, like, shape)
-
-
-def mask_from_image(image: Any, like: Geometry, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
-    """A brain mask in a nibabel image, which must lie where `read_mask` wants a file's to.
-
-    Parameters
-    ----------
-    image : nibabel image
-    like : Geometry
-        Geometry of the scan.
-    shape : tuple of int
-        Shape (i, j, k) of the scan.
-
-    Returns
-    -------
-    ndarray of bool, shape (i, j, k)
-        True where the value is above 0.5.
-
-    Raises
-    ------
-    InputError
-        As for `scan_from_image` and `read_mask`.
-    """
-    scan = scan_from_image(image, name="mask")
-    return _mask_on_grid("mask", scan, math.prod(image.shape[3:]), like, shape)
-
-
-def _mask_on_grid(
-    name: str, scan: Scan, volumes: int, like: Geometry, shape: tuple[int, int, int]
-) -> NDArray[np.bool_]:
-    if volumes > 1:
-        raise InputError(f"{name}: 4-D with {volumes} volumes", expected="one 3-D mask")
-    mask = _mask(name, scan.data, shape)
-    distance = _corner_distance(scan.geometry.affine, like.affine, shape)
-    if not distance <= MASK_TOLERANCE_MM:
-        raise InputError(
-            f"{name}: a mask whose corner voxels lie up to {distance:.3g} mm off the scan's",
-            expected=f"the scan's own voxel grid, within {MASK_TOLERANCE_MM} mm",
-            action="resample the mask onto the scan",
-        )
-    return mask
-
-
-def mask_from_array(array: ArrayLike, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
-    """Make a brain mask of an array on a scan's own voxels.
-
-    Parameters
-    ----------
-    array : array_like, shape (i, j, k)
-        Booleans or real numbers.
-    shape : tuple of int
-        Shape (i, j, k) of the scan.
-
-    Returns
-    -------
-    ndarray of bool, shape (i, j, k)
-        True where the value is above 0.5.
-
-    Raises
-    ------
-    InputError
-        Another shape, values that are not real numbers, or not finite.
-    """
-    name = "mask array"
-    return _mask(name, _real(name, _as_array(name, array)), shape)
 
 
 def write_labels(
@@ -447,120 +333,25 @@ def write_labels(
 def write_probabilities(
     path: Path, probabilities: NDArray[np.float32], geometry: Geometry, *, description: str = ""
 ) -> None:
-    """Write a probability map on a scan's voxels; all else as for `write_labels`.
+    """Write a probability map on a scan's voxels.
 
     Parameters
     ----------
-    path : Path
-        Name ending in .nii or .nii.gz; its folder must exist.
+    path, geometry, description
+        As for `write_labels`; so are the errors.
     probabilities : ndarray of float32, shape (i, j, k)
-    geometry : Geometry
-        Geometry of the scan; its `nifti_version` is the version written.
-    description : str
-        Up to 79 ASCII characters for the header's `descrip`.
-
-    Raises
-    ------
-    OutputError
-        The file cannot be written there, or has another suffix.
-    ValueError
-        The array has another type or rank, or the description does not fit.
     """
     _write(path, probabilities, np.dtype(np.float32), geometry, description)
 
 
-def volume_stem(path: Path) -> str:
-    """File name without .nii, .nii.gz, .hdr or .img, in whatever case they are written."""
-    return path.name[: len(path.name) - len(_suffix(path))]
-
-
-def volume_files(path: Path) -> tuple[Path, ...]:
-    """The file itself, or header and image of the .hdr/.img pair that it is one of."""
-    suffix = _suffix(path)
-    if suffix not in _PAIR:
-        return (path,)
-    other = path.with_suffix(_PAIR[suffix].upper() if path.suffix.isupper() else _PAIR[suffix])
-    return (path, other) if suffix == ".hdr" else (other, path)
-
-
-def check_files(path: Path) -> None:
-    """Refuse a scan or mask of which a file is not there, by the name of that file.
-
-    Parameters
-    ----------
-    path : Path
-        As for `read_scan`.
-
-    Raises
-    ------
-    InputError
-        The file, or one of its pair, is missing, not readable or not a regular file.
-    """
-    for file in volume_files(path):
-        with _open(file):
-            pass
-
-
-def _suffix(path: Path) -> str:
-    """The volume suffix of a name, in lower case; empty where it has none."""
-    name = path.name.lower()
-    return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
-
-
-def _read(path: Path) -> tuple[Scan, int]:
-    """The first volume of a file, and how many it has."""
-    header_path, data_path = _header_and_data(path)
-    with _open(header_path) as stream:
-        block = stream.read(_HEADER_BYTES)
-    header = _parse(header_path, block, single=header_path == data_path)
-    with _open(data_path) as stream:
-        _check_claim(data_path, header)
-        voxels, surplus = _first_volume(data_path, stream, header)
-        data = _real(str(data_path), _as_voxels(voxels, header))
-    warnings = (*header.warnings, *_surplus_warnings(surplus))
-    return Scan(data, header.geometry, warnings), header.volumes
-
-
 def _header_and_data(path: Path) -> tuple[Path, Path]:
-    if not _suffix(path):
+    if not volume_suffix(path):
         raise InputError(
             f"{path}: a name without a NIfTI suffix",
             expected="a name ending in .nii, .nii.gz, .hdr or .img",
         )
     files = volume_files(path)
     return files[0], files[-1]
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A file's bytes, decompressed where its name says so; failing reads become InputErrors."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise InputError(f"{path}: {kind}", expected="a NIfTI file")
-        with path.open("rb") as raw:
-            if _suffix(path) == ".nii.gz":
-                with igzip.open(raw, "rb") as decompressed:
-                    yield decompressed
-            else:
-                yield raw
-    except _GZIP_ERRORS as error:
-        raise InputError(
-            f"{path}: truncated or damaged gzip data ({error})",
-            expected="an intact .nii.gz file",
-            action="copy or export the file again",
-        ) from error
-    except MemoryError as error:
-        raise InputError(
-            f"{path}: an image larger than the memory left",
-            action="free memory, or crop the image",
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise InputError(
-            f"{path}: {getattr(error, 'strerror', None) or error}",
-            expected="a NIfTI file that can be read",
-            action="check the name and its permissions",
-        ) from error
 
 
 @contextlib.contextmanager
@@ -607,7 +398,8 @@ def _parse(path: Path, block: bytes, *, single: bool) -> _Header:
             raise _not_nifti(path)
         volumes = _check_shape(name, fixed.get_data_shape())
         offset = _offset(path, fixed, single=single)
-        dtype = _check_dtype(name, fixed.get_data_dtype())
+        dtype = fixed.get_data_dtype()
+        check_voxel_type(name, dtype)
         slope, inter = fixed.get_slope_inter()
         affine = fixed.get_best_affine()
         if nifti:
@@ -707,21 +499,9 @@ def _first(shape: tuple[int, ...]) -> tuple[Any, ...]:
     return (slice(None),) * 3 + (0,) * (len(shape) - 3)
 
 
-def _check_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    if dtype.kind not in "biuf":
-        kind = "colour" if dtype.names else "complex" if dtype.kind == "c" else "non-numeric"
-        channels = "".join(dtype.names or ())
-        raise InputError(
-            f"{name}: {kind} voxels ({channels or dtype.name})",
-            expected="one real number per voxel",
-            action="convert the image to grey-scale magnitudes",
-        )
-    return dtype
-
-
 def _check_claim(path: Path, header: _Header) -> None:
     """Refuse, before memory is asked for, a header that claims more than can be there."""
-    if _suffix(path) != ".nii.gz":
+    if volume_suffix(path) != ".nii.gz":
         _check_held(path, header, path.stat().st_size)
     if header.claim > _MAX_CLAIM:
         raise InputError(
@@ -767,35 +547,6 @@ def _as_voxels(voxels: bytearray, header: _Header) -> NDArray[Any]:
     return scaled
 
 
-def _as_array(name: str, data: ArrayLike) -> NDArray[Any]:
-    try:
-        return np.asarray(data)
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{name}: {type(data).__name__} that is no array ({error})",
-            expected="an array of real numbers",
-        ) from error
-
-
-def _real(name: str, data: NDArray[Any]) -> NDArray[Any]:
-    """Finite real numbers in native byte order, of a type all of numpy and scipy take."""
-    _check_dtype(name, data.dtype)
-    if data.dtype.kind == "b":
-        return data.astype(np.uint8)
-    if data.dtype.kind == "f":
-        if data.dtype.itemsize > 8:
-            with np.errstate(over="ignore"):
-                data = data.astype(np.float64)
-        missing = data.size - np.count_nonzero(np.isfinite(data))
-        if missing:
-            raise InputError(
-                f"{name}: {missing} voxels that are not finite numbers (NaN or infinite)",
-                expected="finite values everywhere",
-                action="replace them, for example by 0 outside the reconstruction",
-            )
-    return data.astype(data.dtype.newbyteorder("="), copy=False)
-
-
 def _volume_warnings(volumes: int) -> tuple[str, ...]:
     if volumes == 1:
         return ()
@@ -837,7 +588,7 @@ def _geometry_warnings(geometry: Geometry, shape: tuple[int, int, int]) -> tuple
             "scan does, so they overlay it in every program, but one that goes by the qform shows "
             "both elsewhere; volumes go by the sform"
         )
-    return (*warnings, *_shear_warnings(geometry.affine), *_voxel_warnings(geometry.affine))
+    return (*warnings, *affine_warnings(geometry.affine))
 
 
 def _form_distance(header: Any, shape: tuple[int, int, int]) -> float:
@@ -851,44 +602,8 @@ def _form_distance(header: Any, shape: tuple[int, int, int]) -> float:
             qform = header.get_qform()
     except (HeaderDataError, ValueError):  # what nibabel raises on a quaternion of no rotation
         return math.inf
-    distance = _corner_distance(qform, header.get_sform(), shape)
+    distance = corner_distance(qform, header.get_sform(), shape)
     return math.inf if math.isnan(distance) else distance
-
-
-def _shear_warnings(affine: NDArray[np.float64]) -> tuple[str, ...]:
-    with np.errstate(all="ignore"):
-        sides = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-        cosines = np.abs(np.triu(sides.T @ sides, 1))
-        angle = float(np.degrees(np.arccos(min(1.0, cosines.max()))))
-    if not angle < 90 - SHEAR_TOLERANCE_DEGREES:
-        return ()
-    return (
-        f"sheared affine, with voxel axes at {angle:.2f} degrees, expected 90 within "
-        f"{SHEAR_TOLERANCE_DEGREES:g}: the networks take voxels for upright boxes and see a skewed "
-        "head, so the labels may be wrong; they overlay the scan, and volumes are those of its "
-        "voxels",
-    )
-
-
-def sides_alike(sizes: ArrayLike) -> bool:
-    """Whether no voxel side in mm is over `MAX_ANISOTROPY` times another, but for rounding."""
-    low, high = np.min(sizes) + _ROUNDING_MM, np.max(sizes) - _ROUNDING_MM
-    return bool(high <= MAX_ANISOTROPY * low)
-
-
-def _voxel_warnings(affine: NDArray[np.float64]) -> tuple[str, ...]:
-    with np.errstate(all="ignore"):
-        sizes = np.linalg.norm(affine[:3, :3], axis=0)
-        low, high = sizes.min() + _ROUNDING_MM, sizes.max() - _ROUNDING_MM
-    smallest, largest = VOXEL_SIZES_MM
-    if low >= smallest and high <= largest and sides_alike(sizes):
-        return ()
-    return (
-        f"voxels of {' x '.join(f'{size:.3g}' for size in sizes)} mm, expected sides of "
-        f"{smallest:g} to {largest:g} mm and none over {MAX_ANISOTROPY:g} times another (the demo "
-        "networks were trained at 0.8 mm; the published ones come without a stated size): the "
-        "networks see voxels, not mm, so the labels may be wrong; consider resampling the scan",
-    )
 
 
 def _repaired_header(geometry: Geometry) -> Any:
@@ -907,7 +622,7 @@ def _geometry(name: str, header: Any, affine: NDArray[np.float64]) -> Geometry:
     """Geometry fields of a nibabel NIfTI header, with the affine it stands for."""
     from nibabel.nifti2 import Nifti2Header
 
-    _check_affine(name, affine)
+    check_affine(name, affine)
     return Geometry(
         affine=np.array(affine, dtype=np.float64),
         header={field: _native(header[field]) for field in GEOMETRY_FIELDS},
@@ -920,59 +635,6 @@ def _native(value: NDArray[Any]) -> Any:
     return np.array(value, dtype=value.dtype.newbyteorder("="))[()]
 
 
-def _as_affine(name: str, affine: ArrayLike) -> NDArray[np.float64]:
-    """An affine as 4 x 4 float64, or the error that says what is wrong with it."""
-    matrix = _as_array(name, affine)
-    if matrix.shape != (4, 4) or matrix.dtype.kind not in "iuf":
-        raise InputError(
-            f"{name}: an affine of shape {matrix.shape} and type {matrix.dtype}",
-            expected="4 x 4 real numbers",
-        )
-    if not np.array_equal(matrix[3], [0, 0, 0, 1]):
-        raise InputError(
-            f"{name}: an affine with the last row {matrix[3].tolist()}", expected="0 0 0 1"
-        )
-    matrix = matrix.astype(np.float64)
-    _check_affine(name, matrix)
-    return matrix
-
-
-def _check_affine(name: str, affine: NDArray[np.float64]) -> None:
-    with np.errstate(all="ignore"):
-        finite = bool(np.isfinite(affine).all())
-        invertible = (
-            finite
-            and 0.0 < abs(np.linalg.det(affine[:3, :3])) < math.inf
-            and np.linalg.matrix_rank(affine[:3, :3]) == 3
-        )
-    if not invertible:
-        kind = "a singular affine" if finite else "an affine with values that are not finite"
-        raise InputError(
-            f"{name}: {kind}",
-            expected="an affine that maps voxels to mm and can be inverted",
-            action="repair the header's qform or sform, or export the scan again",
-        )
-
-
-def _mask(name: str, data: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[np.bool_]:
-    if data.shape != tuple(shape):
-        raise InputError(
-            f"{name}: a mask of shape {data.shape}",
-            expected=f"the scan's shape {tuple(shape)}",
-            action="resample the mask onto the scan",
-        )
-    return np.asarray(data > MASK_THRESHOLD)
-
-
-def _corner_distance(
-    one: NDArray[np.float64], other: NDArray[np.float64], shape: tuple[int, int, int]
-) -> float:
-    """Largest distance in mm that two affines put between a corner voxel's centre and itself."""
-    corners = np.array([(*c, 1) for c in itertools.product(*((0, size - 1) for size in shape))])
-    with np.errstate(all="ignore"):
-        return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
-
-
 def _write(
     path: Path,
     data: NDArray[Any],
@@ -982,19 +644,9 @@ def _write(
 ) -> None:
     if data.dtype != dtype or data.ndim != 3:
         raise ValueError(f"{data.dtype} array of shape {data.shape}; expected 3-D {dtype}")
-    suffix = _suffix(path)
-    if suffix not in (".nii", ".nii.gz"):
-        raise OutputError(f"{path}: an unknown suffix", expected="a name in .nii or .nii.gz")
     header = _fresh_header(data, geometry, description)
     voxels = data.astype(dtype.newbyteorder("<"), copy=False).tobytes(order="F")
-    with atomic_write(path) as stream, contextlib.ExitStack() as stack:
-        target: Any = stream
-        if suffix == ".nii.gz":
-            target = stack.enter_context(
-                igzip.IGzipFile("", "wb", compresslevel=_GZIP_LEVEL, fileobj=stream, mtime=0)
-            )
-        target.write(header)
-        target.write(voxels)
+    write_volume(path, header, voxels)
 
 
 def _fresh_header(data: NDArray[Any], geometry: Geometry, description: str) -> bytes:

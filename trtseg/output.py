@@ -13,6 +13,7 @@ from trtseg import nifti
 from trtseg.errors import OutputError, UsageError
 from trtseg.files import atomic_write_json, make_folder, sha256_file
 from trtseg.sidecar import write_lookup
+from trtseg.volumefile import volume_stem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -187,7 +188,7 @@ def _plan(
     dseg: bool,
     report: bool,
 ) -> OutputPaths:
-    start = nifti.volume_stem(scan)
+    start = volume_stem(scan)
     names = {role: folder / f"{start}{ending}" for role, ending in _ENDINGS.items()}
     return OutputPaths(
         cortex=cortex or names["cortex"],

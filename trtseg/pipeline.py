@@ -25,6 +25,7 @@ from trtseg.chains import open_chain
 from trtseg.errors import InputError, UsageError
 from trtseg.home import engines_root
 from trtseg.logs import stopwatch
+from trtseg.masks import mask_from_array, mask_from_image, read_mask
 from trtseg.orientation import check_unambiguous, restore, to_canonical
 from trtseg.orientation import reorient as orient
 from trtseg.qc import Qc, assess, check_ga
@@ -406,7 +407,7 @@ def _read(scan: Any, affine: NDArray[Any] | None) -> Scan:
 
 def _read_mask(mask: Any, scan: Scan) -> NDArray[np.bool_]:
     if isinstance(mask, (str, os.PathLike)):
-        return nifti.read_mask(Path(mask), scan.geometry, scan.shape)
+        return read_mask(Path(mask), scan.geometry, scan.shape)
     if hasattr(mask, "affine"):
-        return nifti.mask_from_image(mask, scan.geometry, scan.shape)
-    return nifti.mask_from_array(np.asarray(mask), scan.shape)
+        return mask_from_image(mask, scan.geometry, scan.shape)
+    return mask_from_array(np.asarray(mask), scan.shape)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from trtseg.affine import MAX_ANISOTROPY, sides_alike
 from trtseg.errors import InputError, UsageError
-from trtseg.nifti import MAX_ANISOTROPY, closest_axes, sides_alike
+from trtseg.nifti import closest_axes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""What a scan is once it is read: voxels and where they lie in space. No file access here."""
+"""What a scan is: voxels, of which some are refused, and where they lie. No file access here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from trtseg.errors import InputError
 
@@ -75,3 +75,74 @@ class Scan:
         """Voxels per axis (i, j, k)."""
         i, j, k = self.data.shape
         return (i, j, k)
+
+
+def as_array(name: str, data: ArrayLike) -> NDArray[Any]:
+    """What numpy makes of `data`, called `name`.
+
+    Raises
+    ------
+    InputError
+        numpy makes no array of it.
+    """
+    try:
+        return np.asarray(data)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{name}: {type(data).__name__} that is no array ({error})",
+            expected="an array of real numbers",
+        ) from error
+
+
+def check_voxel_type(name: str, dtype: np.dtype[Any]) -> None:
+    """Refuse voxels, of an image called `name`, that are not one real number each.
+
+    Raises
+    ------
+    InputError
+        They are colours, complex, or no numbers.
+    """
+    if dtype.kind not in "biuf":
+        kind = "colour" if dtype.names else "complex" if dtype.kind == "c" else "non-numeric"
+        channels = "".join(dtype.names or ())
+        raise InputError(
+            f"{name}: {kind} voxels ({channels or dtype.name})",
+            expected="one real number per voxel",
+            action="convert the image to grey-scale magnitudes",
+        )
+
+
+def real_voxels(name: str, data: NDArray[Any]) -> NDArray[Any]:
+    """Finite real numbers in native byte order, of a type all of numpy and scipy take.
+
+    Parameters
+    ----------
+    name : str
+        What an error is said to be about.
+    data : ndarray
+
+    Returns
+    -------
+    ndarray
+        The same array where it is that already; booleans as uint8, floats beyond float64 as that.
+
+    Raises
+    ------
+    InputError
+        As for `check_voxel_type`; or a voxel is NaN or infinite.
+    """
+    check_voxel_type(name, data.dtype)
+    if data.dtype.kind == "b":
+        return data.astype(np.uint8)
+    if data.dtype.kind == "f":
+        if data.dtype.itemsize > 8:
+            with np.errstate(over="ignore"):
+                data = data.astype(np.float64)
+        missing = data.size - np.count_nonzero(np.isfinite(data))
+        if missing:
+            raise InputError(
+                f"{name}: {missing} voxels that are not finite numbers (NaN or infinite)",
+                expected="finite values everywhere",
+                action="replace them, for example by 0 outside the reconstruction",
+            )
+    return data.astype(data.dtype.newbyteorder("="), copy=False)

@@ -10,6 +10,7 @@ from tests.build.networks import (
     ARCHITECTURES,
     ONE_LAYER,
     TINY,
+    ports,
     probability,
     random_inputs,
     random_variables,
@@ -23,25 +24,17 @@ from trtseg.build.reference import evaluate
 from trtseg.errors import EngineError, MissingExtraError
 
 
-def shape_of(port: onnx.ValueInfoProto) -> list[str | int]:
-    tensor = port.type.tensor_type
-    assert tensor.elem_type == onnx.TensorProto.FLOAT
-    return [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
-
-
 def test_inputs_and_output_of_the_published_architecture() -> None:
     frozen = freeze(random_variables(PUBLISHED), PUBLISHED)
     model = onnx.load_from_string(graph.plain(frozen))
     onnx.checker.check_model(model, full_check=True)
-    assert {port.name: shape_of(port) for port in model.graph.input} == {
+    assert ports(model.graph.input) == {
         "normal": ["N", 1, 45, 45, 45],
         "sub3": ["N", 1, 26, 26, 26],
         "sub5": ["N", 1, 22, 22, 22],
     }
     assert [port.name for port in model.graph.input] == ["normal", "sub3", "sub5"]
-    assert {port.name: shape_of(port) for port in model.graph.output} == {
-        "logit": ["N", 29, 29, 29]
-    }
+    assert ports(model.graph.output) == {"logit": ["N", 29, 29, 29]}
 
 
 def test_only_standard_operators_of_one_version() -> None:

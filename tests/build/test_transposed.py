@@ -7,6 +7,7 @@ import pytest
 from tests.build.networks import (
     ARCHITECTURES,
     TINY,
+    ports,
     probability,
     random_inputs,
     random_variables,
@@ -17,12 +18,6 @@ from trtseg.build.freeze import freeze
 from trtseg.build.graph import plain
 from trtseg.build.reference import evaluate
 from trtseg.build.transposed import stretch, transposed
-
-
-def shape_of(port: onnx.ValueInfoProto) -> list[str | int]:
-    tensor = port.type.tensor_type
-    assert tensor.elem_type == onnx.TensorProto.FLOAT
-    return [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
 
 
 @pytest.mark.parametrize(
@@ -73,11 +68,11 @@ def test_inputs_and_output_are_the_same_in_every_form(form, half: bool) -> None:
     frozen = freeze(random_variables(TINY), TINY)
     model = onnx.load_from_string(form(frozen, batch=4, half=half))
     onnx.checker.check_model(model, full_check=True)
-    assert {port.name: shape_of(port) for port in model.graph.input} == {
+    assert ports(model.graph.input) == {
         "normal": [4, 1, 15, 15, 15],
         "sub3": [4, 1, 11, 11, 11],
     }
-    assert {port.name: shape_of(port) for port in model.graph.output} == {"logit": [4, 7, 7, 7]}
+    assert ports(model.graph.output) == {"logit": [4, 7, 7, 7]}
 
 
 def test_kernels_and_strides_of_the_published_architecture() -> None:

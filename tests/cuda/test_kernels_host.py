@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.cuda.host_device import HostDevice, view
+from tests.specs import shapes, small, specs
 from trtseg import tiling
-from trtseg.architecture import PUBLISHED, NetworkSpec, PathwaySpec
+from trtseg.architecture import PUBLISHED
 from trtseg.backends.base import logistic
 from trtseg.cuda import launches
 from trtseg.normalise import z_score
@@ -26,29 +27,6 @@ def device() -> HostDevice:
     return HostDevice()
 
 
-def small(tile: int, layers: int = 1, factors: tuple[int, ...] = (3,)) -> NetworkSpec:
-    """Receptive field 1 + 2 x `layers`."""
-    return NetworkSpec(
-        pathways=tuple(
-            PathwaySpec(factor, (1,) * layers, (), (0.0,) * layers) for factor in (1, *factors)
-        ),
-        fc_maps=(1,),
-        fc_residual_layers=(),
-        fc_dropout=(0.0, 0.0),
-        tile=tile,
-        batch=3,
-    )
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> NetworkSpec:
-    layers = draw(st.integers(1, 3))
-    field = 1 + 2 * layers
-    factors = draw(st.lists(st.integers(2, 7), unique=True, max_size=3))
-    return small(draw(st.integers(field, field + 7)), layers, tuple(factors))
-
-
-shapes = st.tuples(*[st.integers(1, 19)] * 3)
 seeds = st.integers(0, 99)
 
 

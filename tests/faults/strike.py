@@ -38,6 +38,7 @@ DONE, REFUSED, INTERRUPTED = 0, EXIT_OUTPUT, 130
 #: Files whose instructions count as writing.
 WRITING = (
     *("trtseg/files.py", "trtseg/nifti.py", "trtseg/output.py", "trtseg/sealed.py"),
+    "trtseg/volumefile.py",
     *(
         "gzip.py",
         "igzip.py",

@@ -51,29 +51,10 @@ def transposed(
     half: bool = False,
     wide: Collection[str] = (),
 ) -> bytes:
-    """Build the transposed form; inputs and output are those of `trtseg.build.graph.plain`.
+    """Build the transposed form.
 
-    Parameters
-    ----------
-    network : FrozenNetwork
-    batch : int or str
-        Tiles per run; a word leaves it to be chosen at run time.
-    half : bool
-        Whether to compute in float16, as in `trtseg.build.graph`.
-    wide : collection of str
-        Results to be kept in float32 all the same; see `trtseg.build.graph.Graph`.
-
-    Returns
-    -------
-    bytes
-        A serialised ONNX model.
-
-    Raises
-    ------
-    EngineError
-        A weight is beyond float32's range.
-    MissingExtraError
-        onnx is not installed.
+    Parameters, errors, and the graph's inputs and output are those of `trtseg.build.graph.plain`;
+    what is listed in `wide` is of this form.
     """
     spec = network.spec
     graph = Graph(half=half, wide=wide)
