@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from tests.golden import GOLDEN, read_voxels
 from tests.test_chains import compiled
 from trtseg import __version__, batch
+from trtseg.build.tensorrt import PORTABLE
 from trtseg.chains import load_engines, load_gpu_engines
 from trtseg.cli import app, main
 from trtseg.errors import OutputError
@@ -389,6 +390,12 @@ def test_help_shows_no_value_after_a_flag(command: tuple[str, ...], monkeypatch)
     assert "Show this message" in shown
     assert "bool" not in shown.lower()
     assert "SCAN..." not in shown
+
+
+def test_help_names_the_gpus_that_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = " ".join(run("engines", "build", "--help").stdout.split())
+    assert f"default: {', '.join(PORTABLE)} and later." in shown
 
 
 FULL = Path("/dev/full")

@@ -70,7 +70,7 @@ def engines_build(
             "--compute-capability",
             metavar="X.Y",
             help="GPUs to compile for with tensorrt_rtx, such as 7.5; may be repeated; "
-            "default: 8.0 and later.",
+            "default: 8.6, 8.9, 12.0 and later.",
         ),
     ] = None,
     force: Annotated[

@@ -3,7 +3,8 @@
 ``<root>/<models>/<net>/cuda/``, beside the built network it was compiled from, holds
 
 - ``b1.engine``, ``b4.engine``, ``b16.engine``: the network, each for one fixed batch of tiles;
-- ``kernels.ptx`` and, where nvcc compiled them, ``kernels.fatbin``: trtseg's own kernels;
+- ``kernels.ptx``, with ``kernels.fatbin`` where nvcc compiled them and else ``kernels.sm_XX.cubin``
+  for each GPU: trtseg's own kernels;
 - ``ceiling.engine``: one large matrix product, by which the GPU's ceiling is measured;
 - ``selftest.npz``: the inputs of one tile and its float32 answer;
 - ``manifest.json``: what all of it was made from, and the SHA-256 of each file.

@@ -28,12 +28,13 @@ class FakePycuda:
         self.gpus = gpus
         self.streams = 0
         self.free = 5000
+        self.cuda = 12020
         self.driver = self._module()
         package = ModuleType("pycuda")
         package.driver = self.driver
         monkeypatch.setitem(sys.modules, "pycuda", package)
         monkeypatch.setitem(sys.modules, "pycuda.driver", self.driver)
-        monkeypatch.setattr("trtseg.cuda.device._pop_given_back", self.stack.pop)
+        monkeypatch.setattr("trtseg.cuda.device._pop_current", self._pop_current)
 
     def call(self, name: str, *arguments: Any, current: bool = True) -> None:
         """Note a call; nearly all need a current context."""
@@ -41,6 +42,10 @@ class FakePycuda:
         self.calls.append((name, *arguments))
         if name in self.failures:
             raise self.failures[name]
+
+    def _pop_current(self) -> None:
+        self.call("pop current")
+        self.stack.pop()
 
     def names(self) -> list[str]:
         return [one[0] for one in self.calls]
@@ -74,7 +79,7 @@ class FakePycuda:
             def detach(self) -> None:
                 fake.call("detach", current=False)
                 assert not fake.held, "detached with memory still held"
-                fake.stack.append("given back")
+                assert not fake.stack, "detached while the driver has it as current"
 
         class Device:
             def __init__(self, index: int) -> None:
@@ -172,7 +177,7 @@ class FakePycuda:
         def module_from_buffer(content: bytes) -> Module:
             fake.call("module", content)
             if content.startswith(b"bad"):
-                raise LogicError("cuModuleLoadDataEx failed: no kernel image\nmore")
+                raise LogicError("cuModuleLoadDataEx failed: no kernel image - \nmore")
             return Module()
 
         def mem_get_info() -> tuple[int, int]:
@@ -188,6 +193,7 @@ class FakePycuda:
             Device=Device,
             Stream=Stream,
             Event=Event,
+            get_driver_version=lambda: fake.cuda,
             init=lambda: fake.call("init", current=False),
             mem_alloc=mem_alloc,
             mem_get_info=mem_get_info,

@@ -1,7 +1,8 @@
 // A CUDA driver that is the host, as far as PyCUDA and trtseg ask it: device memory is host memory,
 // streams do their work at once, and kernels are host functions from the library that
-// TRTSEG_HOST_KERNELS names (kernels.cu compiled with TRTSEG_HOST). It is stricter than a real one:
-// calls that need a current context fail without one, and copies must lie within live memory.
+// TRTSEG_HOST_KERNELS names (kernels.cu compiled with TRTSEG_HOST). There are two devices, of which
+// each thread has a stack of contexts. It is stricter than a real one: calls that need a current
+// context fail without one or with one that was given back, and copies must lie within live memory.
 // Everything else PyCUDA links to is put beside it by tests/cuda/test_pycuda.py and fails with 801,
 // not supported. Error codes are those of cuda.h.
 
@@ -14,14 +15,17 @@
 typedef int Result;
 typedef unsigned long long Address;
 
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201 };
-enum { INVALID_SOURCE = 300, INVALID_HANDLE = 400, NOT_FOUND = 500 };
-enum { ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76, LAUNCH_POINTER = 1, LAUNCH_SIZE = 2 };
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_IMAGE = 200 };
+enum { INVALID_CONTEXT = 201, INVALID_SOURCE = 300, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76, LAUNCH_POINTER = 1, LAUNCH_SIZE = 2, ERROR_LOG = 5 };
+enum { DEVICES = 2, DEPTH = 8 };
 
 static const size_t TOTAL = (size_t)4 << 30;
 static size_t used;
-static int depth, contexts, streams, events;
-static char context;
+static int streams, events;
+static int primary[DEVICES];  // how often it was retained; its address is the context
+static __thread void* current[DEPTH];
+static __thread int depth;
 
 struct Block {
     void* start;
@@ -30,17 +34,25 @@ struct Block {
 };
 static struct Block* live;
 
+static int usable(void) {
+    for (int one = 0; one < DEVICES; ++one) {
+        if (depth && current[depth - 1] == &primary[one]) return primary[one] > 0;
+    }
+    return 0;
+}
+
 #define NEEDS_CONTEXT \
-    if (!depth) return INVALID_CONTEXT
+    if (!usable()) return INVALID_CONTEXT
 
 // What was handed out and not given back, in order: memory, streams, events, contexts; and how many
-// contexts are still current, one above the other.
+// contexts are still current in this thread, one above the other.
 void host_driver_left(int* counts) {
     counts[0] = 0;
     for (struct Block* one = live; one; one = one->next) ++counts[0];
     counts[1] = streams;
     counts[2] = events;
-    counts[3] = contexts;
+    counts[3] = 0;
+    for (int one = 0; one < DEVICES; ++one) counts[3] += primary[one];
     counts[4] = depth;
 }
 
@@ -89,10 +101,10 @@ Result cuGetErrorString(Result error, const char** text) {
     *text = written;
     return OK;
 }
-Result cuDeviceGetCount(int* count) { return *count = 1, OK; }
+Result cuDeviceGetCount(int* count) { return *count = DEVICES, OK; }
 Result cuDeviceGet(int* device, int number) {
     *device = number;
-    return number ? INVALID_DEVICE : OK;
+    return number >= 0 && number < DEVICES ? OK : INVALID_DEVICE;
 }
 Result cuDeviceGetName(char* name, int size, int device) {
     snprintf(name, size, "host driver");
@@ -108,19 +120,25 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 Result cuDeviceTotalMem_v2(size_t* size, int device) { return *size = TOTAL, OK; }
 
 Result cuDevicePrimaryCtxRetain(void** made, int device) {
-    *made = &context;
-    return ++contexts, OK;
+    *made = &primary[device];
+    return ++primary[device], OK;
 }
-Result cuDevicePrimaryCtxRelease_v2(int device) { return --contexts, OK; }
-Result cuCtxPushCurrent_v2(void* one) { return ++depth, OK; }
+Result cuDevicePrimaryCtxRelease_v2(int device) {
+    if (!primary[device]) return INVALID_CONTEXT;
+    return --primary[device], OK;  // where it is current, it stays so
+}
+Result cuCtxPushCurrent_v2(void* one) {
+    if (!one || depth == DEPTH) return INVALID_CONTEXT;
+    return current[depth++] = one, OK;
+}
 Result cuCtxPopCurrent_v2(void** one) {
-    NEEDS_CONTEXT;
-    if (one) *one = &context;
-    return --depth, OK;
+    if (!depth) return INVALID_CONTEXT;
+    return *one = current[--depth], OK;
 }
+Result cuCtxGetCurrent(void** one) { return *one = depth ? current[depth - 1] : NULL, OK; }
 Result cuCtxGetDevice(int* device) {
     NEEDS_CONTEXT;
-    return *device = 0, OK;
+    return *device = (int)((int*)current[depth - 1] - primary), OK;
 }
 Result cuCtxGetApiVersion(void* one, unsigned* version) { return *version = 13000, OK; }
 
@@ -209,8 +227,15 @@ Result cuEventElapsedTime_v2(float* milliseconds, double* first, double* last) {
     return *milliseconds = (float)(1e3 * (*last - *first)), OK;
 }
 
-Result cuModuleLoadDataEx(void** module, const void* image, unsigned count, void* o, void** v) {
+Result cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* o, void** v) {
     NEEDS_CONTEXT;
+    if (!strncmp(image, "bad", 3)) {
+        // A log that the driver does not write is what the memory held before.
+        for (unsigned i = 0; i < count; ++i) {
+            if (o[i] == ERROR_LOG) memcpy(v[i], "\xFF\xE0", 3);
+        }
+        return INVALID_IMAGE;
+    }
     *module = dlopen(getenv("TRTSEG_HOST_KERNELS"), RTLD_NOW);
     return *module ? OK : INVALID_SOURCE;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trtseg.backends import tensorrt
 from trtseg.backends.tensorrt import TensorRTBackend
 from trtseg.cuda.device import CudaDevice, OutOfDeviceMemory, list_gpus
 from trtseg.engine import Engine
-from trtseg.errors import DeviceError
+from trtseg.errors import DeviceError, EngineError
 from trtseg.gpu_engine import load_gpu_engine
 
 FUNCTIONS = {"bdn": mixed(SPEC), "cgm": mixed(SPEC, 0.3)}
@@ -53,10 +54,81 @@ def backend(tmp_path: Path) -> TensorRTBackend:
 
 
 def test_the_gpu() -> None:
-    [gpu] = list_gpus()
+    gpu, _ = list_gpus()
     assert (gpu.name, gpu.compute_capability, gpu.memory) == ("host driver", (8, 6), 4 << 30)
-    with pytest.raises(DeviceError, match="no GPU cuda:1; this machine has 1"):
-        CudaDevice(1)
+    with pytest.raises(DeviceError, match="no GPU cuda:2; this machine has 2"):
+        CudaDevice(2)
+    assert left() == [0] * 5
+
+
+def current() -> int | None:
+    """The context that is current in this thread, by the driver's word."""
+    context = ctypes.c_void_p()
+    ctypes.CDLL(None).cuCtxGetCurrent(ctypes.byref(context))
+    return context.value
+
+
+def in_thread(action: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(action).result()
+
+
+def used_gpu(index: int = 0) -> CudaDevice:
+    """A GPU with memory of both kinds and kernels, none of it given back."""
+    gpu = CudaDevice(index)
+    with gpu.active():
+        gpu.load_kernels({"kernels.ptx": b"text"})
+        gpu.allocate(100)
+        gpu.pinned(100)
+    return gpu
+
+
+def test_a_gpu_is_closed_by_any_thread() -> None:
+    def close() -> int | None:
+        gpu.close()
+        return current()
+
+    gpu = used_gpu()
+    assert in_thread(close) is None
+    assert left() == [0] * 5
+    gpu = in_thread(used_gpu)
+    gpu.close()
+    assert left() == [0] * 5
+
+
+@pytest.mark.parametrize("opened_here", [True, False])
+def test_contexts_of_others_stay_current(opened_here: bool) -> None:
+    driver, others = ctypes.CDLL(None), ctypes.c_void_p(0x0CC)
+    gpu = used_gpu() if opened_here else in_thread(used_gpu)
+    driver.cuCtxPushCurrent_v2(others)
+    gpu.close()
+    assert current() == others.value
+    driver.cuCtxPopCurrent_v2(ctypes.byref(others))
+    assert left() == [0] * 5
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("opened_here", [True, False])
+def test_another_gpu_of_pycudas_stays_current(index: int, opened_here: bool) -> None:
+    gpu = used_gpu() if opened_here else in_thread(used_gpu)
+    with CudaDevice(index) as other, other.active():
+        before = current()
+        gpu.close()
+        assert current() == before
+        assert left()[3:] == [1, 1]  # one context, current once
+        other.allocate(100)
+    assert left() == [0] * 5
+
+
+def test_kernels_that_the_driver_refuses() -> None:
+    with CudaDevice() as gpu, gpu.active():
+        gpu.load_kernels({"kernels.sm_86.cubin": b"bad", "kernels.ptx": b"text"})
+        with pytest.raises(EngineError) as caught:
+            gpu.load_kernels({"kernels.sm_80.cubin": b"bad", "kernels.ptx": b"bad"})
+    refused = "cuModuleLoadDataEx failed: error 200"
+    assert f"(kernels.sm_80.cubin: {refused}; kernels.ptx: {refused})" in str(caught.value)
+    assert "CUDA 13.0, which is the driver's, or earlier" in str(caught.value)
+    assert "pip install 'nvidia-cuda-nvrtc<13.1'" in str(caught.value)
     assert left() == [0] * 5
 
 

@@ -3,12 +3,21 @@ from __future__ import annotations
 import re
 import shutil
 import stat
+import struct
 from pathlib import Path
 
 import pytest
 
 from trtseg.cuda import compile as module
-from trtseg.cuda.compile import FATBIN, PTX, compile_kernels, find_compiler
+from trtseg.cuda.compile import (
+    ARCHITECTURES,
+    FATBIN,
+    PTX,
+    compile_kernels,
+    cubin_file,
+    find_compiler,
+    loadable,
+)
 from trtseg.cuda.launches import VOXEL_TYPES
 from trtseg.errors import EngineError, MissingExtraError
 
@@ -59,6 +68,34 @@ def check_ptx(ptx: bytes) -> None:
     assert "fma.rn.f64" not in text  # sums round as they do on the host
 
 
+def check_cubin(cubin: bytes, architecture: str) -> None:
+    """Look into an ELF file by the layout of elf(5); what is CUDA's in it, by what nvcc writes."""
+    assert cubin.startswith(b"\x7fELF\x02\x01")
+    machine, flags = struct.unpack_from("<18xH28xI", cubin)
+    assert machine == 190  # EM_CUDA
+    number = flags >> 8 if cubin[7] == 0x41 else flags  # two layouts, told apart by the OS/ABI
+    assert f"sm_{number & 0xFF}" == architecture
+    assert entries(cubin) == ENTRIES
+
+
+def entries(cubin: bytes) -> set[str]:
+    """Names of the global functions in an ELF file's table of symbols."""
+    (begin,) = struct.unpack_from("<40xQ", cubin)
+    size, count = struct.unpack_from("<58xHH", cubin)
+    # Type, offset, size and link of each section.
+    sections = [
+        struct.unpack_from("<4xI16xQQI", cubin, begin + number * size) for number in range(count)
+    ]
+    [(_, offset, length, link)] = [one for one in sections if one[0] == 2]  # SHT_SYMTAB
+    names = sections[link][1]
+    found = set()
+    for symbol in range(offset, offset + length, 24):
+        name, kind = struct.unpack_from("<IB", cubin, symbol)
+        if kind == 0x12:  # STB_GLOBAL, STT_FUNC
+            found.add(cubin[names + name : cubin.index(b"\0", names + name)].decode())
+    return found
+
+
 @nvcc
 @pytest.mark.slow
 def test_nvcc() -> None:
@@ -76,14 +113,44 @@ def test_nvrtc() -> None:
     compiler = module.find_nvrtc()
     files = compile_kernels(compiler)
     assert re.fullmatch(r"NVRTC \d+\.\d+", compiler.name)
-    assert sorted(files) == [PTX]
-    check_ptx(files[PTX])
+    check_ptx(files.pop(PTX))
+    assert {"kernels.sm_75.cubin", "kernels.sm_90.cubin"} <= set(files)
+    for architecture in ARCHITECTURES:
+        if cubin_file(architecture) in files:
+            check_cubin(files.pop(cubin_file(architecture)), architecture)
+    assert not files
 
 
 @nvrtc
 def test_nvrtc_says_what_it_refuses() -> None:
     with pytest.raises(EngineError, match=r"NVRTC .* cannot compile .*kernels\.cu\(1\): error"):
         module.find_nvrtc().compile("no C++")
+
+
+ALL = ["kernels.ptx", "kernels.fatbin", *map(cubin_file, ("sm_80", "sm_86", "sm_90", "sm_100"))]
+
+
+@pytest.mark.parametrize(
+    ("capability", "cubins"),
+    [
+        ((7, 5), []),
+        ((8, 0), ["kernels.sm_80.cubin"]),
+        ((8, 6), ["kernels.sm_86.cubin"]),
+        ((8, 9), ["kernels.sm_86.cubin"]),
+        ((9, 0), ["kernels.sm_90.cubin"]),
+        ((10, 0), ["kernels.sm_100.cubin"]),
+        ((10, 3), ["kernels.sm_100.cubin"]),
+        ((12, 0), []),
+    ],
+)
+def test_what_a_gpu_may_run(capability: tuple[int, int], cubins: list[str]) -> None:
+    assert loadable(ALL, capability) == ["kernels.fatbin", *cubins, "kernels.ptx"]
+
+
+def test_what_a_gpu_may_run_of_what_is_there() -> None:
+    assert loadable(["kernels.ptx"], (8, 6)) == ["kernels.ptx"]
+    assert loadable(["kernels.sm_80.cubin", "others"], (8, 6)) == ["kernels.sm_80.cubin"]
+    assert loadable([], (8, 6)) == []
 
 
 def test_no_compiler(bare: Path) -> None:

@@ -45,6 +45,14 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+NOT_OPENED = "cannot open shared object file: No such file or directory"
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, folder: Path, said: str) -> None:
+    """A pycuda that cannot be imported."""
+    package(folder, monkeypatch, f"raise ImportError({said!r})")
+
+
 def test_no_driver_comes_before_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     monkeypatch.setattr("trtseg.cuda.device.DRIVER", "libnone.so.1")
@@ -59,9 +67,43 @@ def test_no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package(tmp_path, monkeypatch, "raise ImportError('libcuda.so.1: cannot open')")
-    with pytest.raises(DeviceError, match=r"driver is missing \(libcuda\.so\.1: cannot open\)"):
+    refuse(monkeypatch, tmp_path, f"libcuda.so.1: {NOT_OPENED}")
+    with pytest.raises(DeviceError, match=r"driver is missing \(libcuda\.so\.1: cannot open .*\)"):
         list_gpus()
+    sys.modules.pop("pycuda")
+
+
+def test_a_library_of_the_toolkit_is_not_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refuse(monkeypatch, tmp_path, f"libcurand.so.10: {NOT_OPENED}")
+    with pytest.raises(DeviceError) as caught:
+        list_gpus()
+    assert str(caught.value) == (
+        "pycuda cannot load libcurand.so.10; expected the libraries of the CUDA toolkit that "
+        "pycuda was built with, where the system looks for libraries; put the folder lib64 of "
+        "that toolkit into LD_LIBRARY_PATH, or into a file in /etc/ld.so.conf.d and run ldconfig; "
+        "or run with --device cpu"
+    )
+    sys.modules.pop("pycuda")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "_driver.so: undefined symbol: curandCreateGenerator_v3",
+        "libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by _driver.so)",
+        "numpy.core.multiarray failed to import",
+    ],
+)
+def test_a_pycuda_built_for_something_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str
+) -> None:
+    refuse(monkeypatch, tmp_path, said)
+    with pytest.raises(DeviceError) as caught:
+        list_gpus()
+    assert caught.value.found == f"pycuda cannot be imported ({said})"
+    assert "pip install --force-reinstall" in caught.value.action
     sys.modules.pop("pycuda")
 
 
@@ -118,6 +160,11 @@ def test_the_context_is_current_only_inside(pycuda: FakePycuda, device: CudaDevi
     assert not pycuda.stack
 
 
+def test_a_context_that_cannot_be_put_away(pycuda: FakePycuda, device: CudaDevice) -> None:
+    with pytest.raises(DeviceError, match="cuCtxPopCurrent failed"), device.active():
+        pycuda.failures["pop"] = pycuda.driver.LogicError("cuCtxPopCurrent failed: destroyed")
+
+
 def test_a_device_that_fails_to_open_is_let_go(pycuda: FakePycuda) -> None:
     pycuda.failures["stream"] = pycuda.driver.LogicError("cuStreamCreate failed")
     with pytest.raises(DeviceError, match=r"the GPU failed \(cuStreamCreate failed\)"):
@@ -141,10 +188,18 @@ def test_close_frees_what_is_left_before_the_context(
         "synchronize aside",
         "free",
         "free",
-        "pop",
+        "pop current",
         "detach",
     ]
     assert not pycuda.held
+
+
+def test_close_without_a_context(pycuda: FakePycuda, device: CudaDevice) -> None:
+    pycuda.failures["push"] = pycuda.driver.LogicError("cuCtxPushCurrent failed: destroyed")
+    pycuda.failures["detach"] = pycuda.driver.LogicError("cuCtxPushCurrent failed: destroyed")
+    device.close()
+    device.close()
+    assert pycuda.names() == ["push", "detach"]
 
 
 def test_close_of_a_device_that_failed(pycuda: FakePycuda) -> None:
@@ -153,7 +208,7 @@ def test_close_of_a_device_that_failed(pycuda: FakePycuda) -> None:
         device.pinned(100)
         for name in ("synchronize", "synchronize aside", "free"):
             pycuda.failures[name] = pycuda.driver.LogicError("an illegal memory access")
-    assert pycuda.names()[-3:] == ["free", "pop", "detach"]
+    assert pycuda.names()[-3:] == ["free", "pop current", "detach"]
 
 
 def test_memory_given_back_is_freed_once(pycuda: FakePycuda, device: CudaDevice) -> None:
@@ -254,12 +309,49 @@ def test_ptx_where_there_is_no_code_for_the_gpu(pycuda: FakePycuda, device: Cuda
     assert ("module", b"text") in pycuda.calls
 
 
-def test_kernels_that_the_driver_does_not_take(device: CudaDevice) -> None:
+def test_the_cubin_of_the_gpu_is_taken(pycuda: FakePycuda, device: CudaDevice) -> None:
+    files = {f"kernels.sm_{one}.cubin": f"for {one}".encode() for one in (86, 89, 90)}
+    with device.active():
+        device.load_kernels({**files, "kernels.ptx": b"text"})
+    assert [one for one in pycuda.calls if one[0] == "module"] == [("module", b"for 89")]
+
+
+@pytest.mark.parametrize(
+    ("machine_code", "action"),
+    [
+        (
+            "kernels.fatbin",
+            "update the NVIDIA driver; or take nvcc off PATH, CUDA_HOME and CUDA_ROOT, pip install "
+            "'nvidia-cuda-nvrtc-cu12<12.3' and compile again: trtseg engines build --device cuda",
+        ),
+        (
+            "kernels.sm_89.cubin",
+            "update the NVIDIA driver; or pip install 'nvidia-cuda-nvrtc-cu12<12.3' and compile "
+            "again: trtseg engines build --device cuda",
+        ),
+    ],
+)
+def test_kernels_that_the_driver_does_not_take(
+    pycuda: FakePycuda, device: CudaDevice, machine_code: str, action: str
+) -> None:
     with device.active(), pytest.raises(EngineError) as caught:
-        device.load_kernels({"kernels.ptx": b"bad", "kernels.fatbin": b"bad"})
-    assert "kernels.fatbin: cuModuleLoadDataEx failed: no kernel image; kernels.ptx" in str(
-        caught.value
+        device.load_kernels({"kernels.ptx": b"bad", machine_code: b"bad"})
+    refused = "cuModuleLoadDataEx failed: no kernel image"
+    assert caught.value.found == (
+        f"the driver loads no kernels ({machine_code}: {refused}; kernels.ptx: {refused})"
     )
+    assert caught.value.expected == (
+        "kernels compiled for CUDA 12.2, which is the driver's, or earlier"
+    )
+    assert caught.value.action == action
+    pycuda.cuda = 13000
+    with device.active(), pytest.raises(EngineError, match=r"'nvidia-cuda-nvrtc<13\.1'"):
+        device.load_kernels({"kernels.ptx": b"bad"})
+
+
+def test_no_kernels_for_this_gpu(device: CudaDevice) -> None:
+    with device.active(), pytest.raises(EngineError, match="there are none for this GPU"):
+        device.load_kernels({"kernels.sm_90.cubin": b"code"})
     with device.active(), pytest.raises(EngineError, match="there are none"):
         device.load_kernels({})
 

@@ -17,14 +17,19 @@ if TYPE_CHECKING:
 
     from trtseg.cuda.device import Device
 
-#: Rows and columns of the matrices: a product long enough to be timed, of 96 MiB in all.
-SIDE = 4096
+#: Rows and columns of the matrices, of 384 MiB in all: a product of over a millisecond even on the
+#: largest GPUs, which need about that long to reach their rate.
+SIDE = 8192
 
 #: Bytes of the copy: more than any cache holds.
 COPY_BYTES = 1 << 28
 
 _RUNS = 20
 _HALF_BYTES = 2
+
+#: Random values that fill the matrices, over and over: making all anew would take longer than the
+#: measurement. An odd number, so that no two rows are alike.
+_VALUES = (1 << 20) - 1
 
 #: The tensors of an engine of the product, and how the library names their types.
 FACTORS = ("one", "other")
@@ -84,9 +89,9 @@ def measure(device: Device, product: Product, *, side: int, copy_bytes: int) -> 
             "the measurement of the GPU's ceilings",
         )
         # Random, for what a GPU draws and so how fast it clocks depends on the values.
-        values = np.random.default_rng(0).standard_normal(side**2, dtype=np.float32)
+        values = np.random.default_rng(0).standard_normal(_VALUES, dtype=np.float32)
         pinned = memory.pinned("factor", size)
-        pinned[...] = values.astype(np.float16).view(np.uint8)
+        pinned.view(np.float16)[...] = np.resize(values.astype(np.float16), side**2)
         for name in FACTORS:
             device.upload(memory[name], pinned)
         device.zero(memory["from"], copy_bytes)

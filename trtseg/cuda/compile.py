@@ -1,23 +1,28 @@
 """The CUDA kernels, compiled from their one source: by nvcc where there is one, else by NVRTC.
 
-Neither needs a GPU or a driver. PTX is compiled again by the driver of whatever GPU loads it; a
-fatbin, which only nvcc makes, also holds machine code for the GPUs of `ARCHITECTURES`.
+Neither needs a GPU or a driver. Both give machine code for the GPUs of `ARCHITECTURES`, nvcc in one
+fatbin and NVRTC in a file for each, and PTX, which the driver compiles for any other GPU. A driver
+takes machine code of every compiler of its own major version of CUDA and of older ones, but only
+PTX that is no newer than itself (NVIDIA's "CUDA Compatibility", minor version compatibility).
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trtseg.errors import EngineError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 #: File name of the kernels as PTX, and as fatbin.
 PTX = "kernels.ptx"
@@ -27,8 +32,8 @@ FATBIN = "kernels.fatbin"
 #: know.
 VIRTUAL = "compute_75"
 
-#: GPUs that a fatbin holds machine code for, where nvcc knows them. Code for one runs on later ones
-#: of the same major number, and PTX covers the rest.
+#: GPUs that machine code is made for, where the compiler knows them. Code for one runs on later
+#: ones of the same major number, and PTX covers the rest.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 # Fused multiply-adds would round differently from the host build that the tests compare with, and
@@ -71,8 +76,9 @@ def compile_kernels(compiler: Compiler | None = None) -> dict[str, bytes]:
     Returns
     -------
     dict of str to bytes
-        File name to content: ``kernels.ptx``, which ends in a zero byte as the driver wants it,
-        and with nvcc ``kernels.fatbin``.
+        File name to content: ``kernels.ptx``, which ends in a zero byte as the driver wants it, and
+        machine code: with nvcc ``kernels.fatbin``, with NVRTC one ``kernels.sm_XX.cubin`` for each
+        of `ARCHITECTURES` that it knows.
 
     Raises
     ------
@@ -82,6 +88,30 @@ def compile_kernels(compiler: Compiler | None = None) -> dict[str, bytes]:
         It fails.
     """
     return (find_compiler() if compiler is None else compiler).compile(kernel_source())
+
+
+def cubin_file(architecture: str) -> str:
+    """File name of the machine code for one GPU, such as ``sm_90``."""
+    return f"kernels.{architecture}.cubin"
+
+
+def loadable(names: Collection[str], capability: tuple[int, int]) -> list[str]:
+    """Those of the kernels' files that a GPU may be able to run, in the order to try them.
+
+    Machine code comes before PTX. Of the cubins that is the one for the GPU itself, or else for the
+    nearest earlier one of its major number; which GPUs a fatbin is for, the driver finds out.
+
+    Parameters
+    ----------
+    names : collection of str
+        File names of `compile_kernels`.
+    capability : tuple of int
+        The GPU's compute capability, major and minor.
+    """
+    major, minor = capability
+    cubins = [cubin_file(f"sm_{major}{one}") for one in range(minor, -1, -1)]
+    nearest = [name for name in cubins if name in names][:1]
+    return [name for name in (FATBIN, *nearest, PTX) if name in names]
 
 
 def find_compiler() -> Compiler:
@@ -122,6 +152,8 @@ def find_nvrtc() -> Nvrtc | None:
     """NVRTC of one of NVIDIA's Python packages, if it loads."""
     for path in _nvrtc_libraries():
         try:
+            for part in path.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(part))  # which it opens by name; not all versions look beside them
             library = ctypes.CDLL(str(path))
         except OSError:
             continue
@@ -132,14 +164,13 @@ def find_nvrtc() -> Nvrtc | None:
 
 
 def _nvrtc_libraries() -> list[Path]:
-    """Libraries of the installed packages, the oldest version first: drivers refuse newer PTX."""
-    spec = importlib.util.find_spec("nvidia")
-    if spec is None or spec.submodule_search_locations is None:
-        return []
+    """Libraries of the installed packages, the oldest first: drivers refuse what is too new."""
+    # Not by importing `nvidia`: some of the packages make that a package of their own, which hides
+    # those in other folders.
     found = [
         path
-        for folder in spec.submodule_search_locations
-        for path in Path(folder).glob("*/lib/libnvrtc.so.*")
+        for folder in sys.path
+        for path in Path(folder, "nvidia").glob("*/lib/libnvrtc.so.*")
         if path.suffix[1:].isdigit()  # beside them lie variants such as libnvrtc.alt.so.12
         and path.name.startswith("libnvrtc.so.")
     ]
@@ -209,7 +240,24 @@ class Nvrtc:
         return f"NVRTC {self.version}"
 
     def compile(self, source: str) -> dict[str, bytes]:
-        """Compile to PTX; see `Compiler`."""
+        """Compile to PTX and a cubin for each GPU; see `Compiler`."""
+        cubins = {
+            cubin_file(name): self._compiled(source, name, "CUBIN")
+            for name in self._architectures()
+        }
+        return {PTX: _terminated(self._compiled(source, VIRTUAL, "PTX")), **cubins}
+
+    def _architectures(self) -> list[str]:
+        """Those of `ARCHITECTURES` that this version knows."""
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        known = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", known)
+        names = {f"sm_{number}" for number in known}
+        return [name for name in ARCHITECTURES if name in names]
+
+    def _compiled(self, source: str, architecture: str, kind: str) -> bytes:
+        """Compile for one architecture; `kind` is what NVRTC calls the result."""
         program = ctypes.c_void_p()
         self._call(
             "nvrtcCreateProgram",
@@ -221,23 +269,23 @@ class Nvrtc:
             None,
         )
         try:
-            options = [f"--gpu-architecture={VIRTUAL}".encode(), f"-{_NO_FMA}".encode()]
+            options = [f"--gpu-architecture={architecture}".encode(), f"-{_NO_FMA}".encode()]
             compiled = self._library.nvrtcCompileProgram(
                 program, ctypes.c_int(len(options)), (ctypes.c_char_p * len(options))(*options)
             )
             if compiled != 0:
-                log = self._text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
+                log = self._content(program, "ProgramLog").rstrip(b"\0")
                 raise _refused(self.name, log.decode("utf-8", "replace"))
-            return {PTX: _terminated(self._text(program, "nvrtcGetPTXSize", "nvrtcGetPTX"))}
+            return self._content(program, kind)
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 
-    def _text(self, program: ctypes.c_void_p, size_of: str, read: str) -> bytes:
+    def _content(self, program: ctypes.c_void_p, kind: str) -> bytes:
         size = ctypes.c_size_t()
-        self._call(size_of, program, ctypes.byref(size))
-        text = ctypes.create_string_buffer(size.value)
-        self._call(read, program, text)
-        return text.raw.rstrip(b"\0")
+        self._call(f"nvrtcGet{kind}Size", program, ctypes.byref(size))
+        content = ctypes.create_string_buffer(size.value)
+        self._call(f"nvrtcGet{kind}", program, content)
+        return content.raw
 
     def _call(self, function: str, *arguments: object) -> None:
         code = getattr(self._library, function)(*arguments)

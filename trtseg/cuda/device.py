@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from trtseg.cuda.compile import FATBIN, PTX
+from trtseg.cuda.compile import FATBIN, loadable
 from trtseg.errors import DeviceError, EngineError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ DRIVER = "libcuda.so.1"
 #: How pycuda is installed. It comes as source: it needs nvcc on PATH, the toolkit's headers, and a
 #: libcuda to link with.
 INSTALL_PYCUDA = "put nvcc of the CUDA toolkit on PATH, then pip install pycuda"
+
+#: How it is built again, for what has changed since.
+_REBUILD_PYCUDA = "pip install --force-reinstall --no-cache-dir --no-binary pycuda pycuda"
 
 
 class OutOfDeviceMemory(DeviceError):  # noqa: N818 (the name of the condition, as CUDA has it)
@@ -260,7 +264,8 @@ class CudaDevice:
         try:
             yield
         finally:
-            self._driver.Context.pop()
+            with _errors(self._driver):
+                self._driver.Context.pop()
 
     def memory(self) -> tuple[int, int]:
         """See `Device`."""
@@ -312,21 +317,18 @@ class CudaDevice:
             The driver takes none of the files.
         """
         refusals = []
-        for name in (FATBIN, PTX):
-            if name not in files:
-                continue
+        for name in loadable(files, self.compute_capability):
             try:
                 self._module = self._driver.module_from_buffer(files[name])
-            except self._driver.Error as error:
+            except (self._driver.Error, UnicodeDecodeError) as error:
                 refusals.append(f"{name}: {_first_line(error)}")
             else:
                 self._functions.clear()
                 return
-        raise EngineError(
-            f"the driver loads no kernels ({'; '.join(refusals) or 'there are none'})",
-            expected="kernels that a driver of this version understands",
-            action="update the NVIDIA driver, or pip install nvidia-cuda-nvrtc-cu12, take nvcc off "
-            "PATH and build again: trtseg engines build",
+        raise _no_kernels(
+            "; ".join(refusals) or "there are none for this GPU",
+            int(self._driver.get_driver_version()),
+            by_nvcc=FATBIN in files,
         )
 
     def launch(self, launch: Launch) -> None:
@@ -398,11 +400,18 @@ class CudaDevice:
             self._stream.synchronize()
 
     def close(self) -> None:
-        """Free everything; a device that failed is freed as far as it lets itself be."""
-        if self._context is None:
+        """Free everything, from any thread; what failed is freed as far as it lets itself be."""
+        context, self._context = self._context, None
+        if context is None:
             return
         failed = self._driver.Error
-        self._context.push()
+        try:
+            context.push()
+        except failed:  # what is left goes with the context
+            with contextlib.suppress(failed):
+                context.detach()
+            self._forget()
+            return
         try:
             for stream in (self._stream, self._aside):
                 if stream is not None:
@@ -415,22 +424,25 @@ class CudaDevice:
             for memory in self._pinned.values():
                 with contextlib.suppress(failed):
                     memory.base.free()  # type: ignore[union-attr]
-            self._allocations.clear()
-            self._pinned.clear()
-            self._functions.clear()
-            self._module = self._stream = self._aside = self._arrived = None
+            self._forget()
         finally:
-            self._driver.Context.pop()
-            self._context.detach()
-            _pop_given_back()
-            self._context = None
+            # pycuda gives a context back in whatever thread where it takes it for the current one,
+            # leaves it current, and makes the one before it, if that is pycuda's too, current above
+            # it. So the driver's stack of contexts is rid of it before that.
+            _pop_current()
+            with contextlib.suppress(failed):
+                context.detach()
+
+    def _forget(self) -> None:
+        """Drop pycuda's objects, which destroys what can be destroyed."""
+        self._allocations.clear()
+        self._pinned.clear()
+        self._functions.clear()
+        self._module = self._stream = self._aside = self._arrived = None
 
 
-def _pop_given_back() -> None:
-    """Take a primary context that was given back off this thread's stack of contexts.
-
-    pycuda makes it current to give it back, and leaves it so: a context of its own would be gone.
-    """
+def _pop_current() -> None:
+    """Take the current context off this thread's stack, of which pycuda is not told."""
     ctypes.CDLL(DRIVER).cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
@@ -457,7 +469,7 @@ def _open_driver() -> Any:
             warnings.simplefilter("ignore", UserWarning)
             import pycuda.driver as driver
     except ImportError as error:
-        raise _no_driver(str(error)) from error
+        raise _cannot_import(str(error)) from error
     try:
         driver.init()
         count = driver.Device.count()
@@ -477,17 +489,51 @@ def _open_driver() -> Any:
 
 
 def _no_driver(said: str) -> DeviceError:
-    if "undefined symbol" in said:
-        return DeviceError(
-            f"the NVIDIA driver is older than the CUDA toolkit pycuda was built with ({said})",
-            expected="a driver of at least that CUDA version (nvidia-smi shows it)",
-            action="update the driver, or build pycuda again with an older toolkit: pip install "
-            "--force-reinstall --no-cache-dir --no-binary pycuda pycuda",
-        )
     return DeviceError(
         f"the NVIDIA driver is missing ({said})",
         expected="libcuda.so.1, which comes with the driver",
         action="install the NVIDIA driver (nvidia-smi must work), or run with --device cpu",
+    )
+
+
+def _cannot_import(said: str) -> DeviceError:
+    """The error of a pycuda that is installed and cannot be imported."""
+    library = re.match(r"(lib[^:]+): cannot open", said)
+    if library is not None and library[1].startswith("libcuda."):
+        return _no_driver(said)
+    if library is not None:
+        return DeviceError(
+            f"pycuda cannot load {library[1]}",
+            expected="the libraries of the CUDA toolkit that pycuda was built with, where the "
+            "system looks for libraries",
+            action="put the folder lib64 of that toolkit into LD_LIBRARY_PATH, or into a file in "
+            "/etc/ld.so.conf.d and run ldconfig; or run with --device cpu",
+        )
+    if re.search("undefined symbol: cu[A-Z]", said):  # a function of the driver
+        return DeviceError(
+            f"the NVIDIA driver is older than the CUDA toolkit pycuda was built with ({said})",
+            expected="a driver of at least that CUDA version (nvidia-smi shows it)",
+            action="update the driver, or build pycuda again with an older toolkit: "
+            f"{_REBUILD_PYCUDA}",
+        )
+    return DeviceError(
+        f"pycuda cannot be imported ({said})",
+        expected="pycuda built for this Python and these libraries",
+        action=f"build it again: {_REBUILD_PYCUDA}; or run with --device cpu",
+    )
+
+
+def _no_kernels(said: str, version: int, *, by_nvcc: bool) -> EngineError:
+    """The error of a driver that loads no kernels; `version` is its CUDA's, as 12020 for 12.2."""
+    major, minor = version // 1000, version % 1000 // 10
+    package = "nvidia-cuda-nvrtc" if major >= 13 else f"nvidia-cuda-nvrtc-cu{major}"
+    # nvcc would be taken again, whatever NVRTC is there.
+    without = "take nvcc off PATH, CUDA_HOME and CUDA_ROOT, " if by_nvcc else ""
+    return EngineError(
+        f"the driver loads no kernels ({said})",
+        expected=f"kernels compiled for CUDA {major}.{minor}, which is the driver's, or earlier",
+        action=f"update the NVIDIA driver; or {without}pip install '{package}<{major}.{minor + 1}' "
+        "and compile again: trtseg engines build --device cuda",
     )
 
 
@@ -511,5 +557,10 @@ def _errors(driver: Any, *, needed: int | None = None) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # pycuda ends the message of a refused module with a dash and the driver's log. Where the driver
+    # writes none, that is what the memory held before: nothing, or bytes that are no text.
+    said = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        said = error.object.decode("ascii", "ignore")
+    lines = said.strip().splitlines()
+    return lines[0].rstrip(" -") if lines else type(error).__name__
