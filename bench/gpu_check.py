@@ -1,211 +1,207 @@
-"""What ``make gpu-check`` runs: latency, then the GPU tests, into one JSON under bench/results/.
+"""What ``make gpu-check`` runs: all that a GPU can tell, into one JSON under bench/results/.
 
-    python bench/gpu_check.py [--models demo] [--library NAME] [--runs 20]
-        [--no-tests] [--json FILE]
+    python bench/gpu_check.py [--models demo] [--library NAME] [--batch 16] [--runs 20]
+        [--only PART ...] [--skip PART ...] [--add] [--limit 1200] [--json FILE]
 
-Needs an NVIDIA GPU, pycuda, and TensorRT-RTX or TensorRT. With PyTorch installed it also times the
-same networks there (float16, eager and compiled); without it those figures stay empty, and the file
-names the command that fills them. The GPU's ceilings are one large matrix product by the same
-library and one large copy. ``own_part`` is the same chain with nothing in the networks' place; it,
-the kernels' tests and PyTorch's figures are there also where the engines are refused.
+Needs an NVIDIA GPU and its driver; what else is missing costs the parts that need it, and the file
+says what that was. Every part runs in a process of its own and is on disk before the next starts:
+
+    own_part        the chain with nothing in the networks' place (needs pycuda and a compiler)
+    files           seconds to read the scan and to write label maps (needs nothing)
+    frozen          the networks, built for the CPU where that has not been done
+    compiled        those, compiled for this GPU where that has not been done (needs a library)
+    validity        what the library says of these engines on this GPU
+    latency         the whole chain by stage (needs pycuda, as do ceilings and time_FORM)
+    ceilings        one large matrix product by the same library, and one large copy
+    kernel_tests    trtseg's own kernels, tested
+    torch_eager     the same networks in PyTorch, float16, where that is installed
+    compile_FORM, time_FORM, layers_FORM    each graph form: compiled, run and timed, inspected
+    fastest_form    which form is fastest, by network
+    torch_compiled  PyTorch again, by torch.compile
+    ratios          the figures that the targets are stated in
+    tests           all tests of the GPU (they compile their own engines: minutes with TensorRT)
 
 The scan is the bundled phantom on 200 x 200 x 180 voxels. Network time is BDN over all of it plus
-CGM in a box of 30 % of it. Not run on a GPU yet; the PyTorch network was compared with trtseg's own
-evaluation on a CPU (bench/torch_network.py).
+CGM in a box of 30 % of it. Where PyTorch is not installed its figures are null. The floor among the
+ratios is an estimate and no bound: it counts a pass over memory for every activation, as if nothing
+were joined and no cache helped (`trtseg.build.forms.cost`).
+
+Not run on a GPU yet; the PyTorch network was compared with trtseg's own evaluation on a CPU
+(bench/torch_network.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
-import math
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import gpu_forms
+import gpu_torch
 import numpy as np
-from numpy.typing import NDArray
+from gpu_report import Report, apart
+from gpu_setting import FRACTION, SHAPE, Setting, box, phantom
 
-from trtseg import __version__, tiling
+from trtseg import __version__
 from trtseg.architecture import NETWORKS, NetworkSpec
 from trtseg.backends.tensorrt import TensorRTBackend, TensorRTNetwork
 from trtseg.backends.tensorrt_library import Messages, open_library
 from trtseg.bench import summary
 from trtseg.build.builder import build_models
-from trtseg.build.forms import cost, form_graph
-from trtseg.build.freeze import FrozenNetwork
-from trtseg.build.tensorrt import build_gpu_models, inspect_engine
+from trtseg.build.forms import FORMS
+from trtseg.build.tensorrt import build_gpu_models
 from trtseg.cuda.chain import Chain, ChainOutput
-from trtseg.cuda.device import CudaDevice, list_gpus
-from trtseg.engine import WEIGHTS, Engine
-from trtseg.errors import TrtsegError
-from trtseg.files import atomic_write_json
-from trtseg.gpu_engine import GpuEngine, capability_text, engine_file
-from trtseg.home import demo_folder, engines_root
+from trtseg.cuda.compile import compile_kernels, find_compiler
+from trtseg.cuda.device import CudaDevice
+from trtseg.errors import EXIT_DEVICE, EXIT_INTERRUPTED, TrtsegError
+from trtseg.gpu_engine import GpuEngine, engine_file
+from trtseg.home import engines_root
+from trtseg.info import find_gpus
 from trtseg.models import find_models
 from trtseg.nifti import read_scan, scan_from_array, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-SHAPE = (200, 200, 180)
-FRACTION = 0.3
-TORCH = "pip install torch, then make gpu-check"
+
+#: The GPU's tests that need no engine.
+KERNEL_TESTS = "test_z_scores_and_padding or test_tiles_in_and_decisions_out"
+
+#: What the manifest of a compiled network says that is of interest here.
+FACTS = (
+    "library",
+    "form",
+    "batches",
+    "compute_capabilities",
+    "later_than",
+    "float32_layers",
+    "float16_on_cpu",
+    "selftest",
+    "cost",
+    "compile_seconds",
+    "versions",
+    "built",
+)
+
+FLOOR = (
+    "seconds_floor_estimated is no bound: it counts a pass over memory for every activation, as if "
+    "nothing were joined and no cache helped, and the rates of one large product and one large copy"
+)
 
 
 def main() -> int:
     """Run everything asked for; the exit code says whether all of it went well."""
     options = parsed()
+    driver, gpus = find_gpus()
+    if not gpus:
+        print("error: the NVIDIA driver is missing or sees no GPU; see nvidia-smi", file=sys.stderr)
+        return EXIT_DEVICE
+    gpu = gpus[0]
+    path = options.json or RESULTS / f"gpu_{gpu['name'].replace(' ', '_')}.json"
     try:
-        gpu = list_gpus()[0]
-        compiled, frozen = built(options)
-    except TrtsegError as error:
-        print(error, file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix="trtseg-") as folder:
+            setting = Setting(
+                models=options.models,
+                library=options.library,
+                capability=gpu["compute_capability"],
+                batch=options.batch,
+                runs=options.runs,
+                limit=options.limit,
+                folder=Path(folder),
+            )
+            report = Report(path, add=options.add)
+            report.add(
+                gpu={**gpu, "driver": driver_version(), "driver_cuda": driver},
+                date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                trtseg=__version__,
+                models=options.models,
+                shape=SHAPE,
+                brain_fraction=float(box(SHAPE, FRACTION).mean()),
+                tiles=setting.tiles(),
+            )
+            measure_all(report, setting, options.chosen)
+    except TrtsegError as error:  # there is no such model set, or no room for the report
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    report = Report(options.json or RESULTS / f"gpu_{gpu.name.replace(' ', '_')}.json")
-    report.add(
-        gpu={
-            "name": gpu.name,
-            "compute_capability": capability_text(gpu.compute_capability),
-            "memory_bytes": gpu.memory,
-            "driver": driver_version(),
-        },
-        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        trtseg=__version__,
-        library=compiled["bdn"].manifest["library"],
-        form={net: one.manifest["form"] for net, one in compiled.items()},
-        models=options.models,
-    )
-    measure_all(report, options, compiled, frozen)
-    print(json.dumps(report.found, indent=2))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    shown = {name: one for name, one in report.found.items() if not name.startswith("layers_")}
+    print(json.dumps(shown, indent=2))
     print(f"written to {report.path}")
-    tests = report.found.get("tests")
-    untested = tests is None or tests["failed"] > 0 or tests["passed"] == 0
-    return int(bool(report.failed) or (untested and not options.no_tests))
-
-
-class Report:
-    """What was found so far, on disk after every part of it: a crash costs no more than one part.
-
-    Parameters
-    ----------
-    path : Path
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Any] = {}
-        self.failed: dict[str, str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, **parts: Any) -> None:
-        """Keep more."""
-        self.found |= parts
-        atomic_write_json(self.path, self.found)
-
-    def attempt(self, name: str, action: Callable[[], Any]) -> Any:
-        """Keep what `action` gives, or, under ``failed``, why it gave nothing."""
-        print(f"{name} ...", flush=True)
-        try:
-            self.add(**{name: action()})
-        except Exception as error:  # noqa: BLE001 (whatever it is, the other parts go on)
-            self.failed[name] = f"{type(error).__name__}: {error}"
-            self.add(failed=self.failed)
-            print(f"{name} failed: {self.failed[name]}", file=sys.stderr, flush=True)
-        return self.found.get(name)
+    return int(not all_well(report.found))
 
 
 def parsed() -> argparse.Namespace:
-    """Options of the command line."""
+    """Options of the command line; ``chosen`` are the names of the parts to be run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", default="demo")
     parser.add_argument("--library", help="tensorrt_rtx or tensorrt; default what suits the GPU")
+    parser.add_argument("--batch", type=int, default=16, help="tiles, where that is free to choose")
     parser.add_argument("--runs", type=int, default=20, help="warm runs")
-    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PART", help="such as time_*")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PART")
+    parser.add_argument("--add", action="store_true", help="to what an earlier call found")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that a part may take")
     parser.add_argument("--json", type=Path, help="default bench/results/gpu_<name>.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for pattern in options.only + options.skip:
+        if not any(fnmatch(name, pattern) for name in PARTS):
+            parser.error(f"no part {pattern!r}; there are {', '.join(PARTS)}")
+    options.chosen = [
+        name
+        for name in PARTS
+        if any(fnmatch(name, one) for one in options.only)
+        and not any(fnmatch(name, one) for one in options.skip)
+    ]
+    return options
 
 
-def measure_all(
-    report: Report,
-    options: argparse.Namespace,
-    compiled: dict[str, GpuEngine],
-    frozen: dict[str, Engine],
-) -> None:
-    """Every part, the first to be known first; where the engines are refused, all the others."""
-    report.attempt("validity", lambda: {net: validity(one) for net, one in compiled.items()})
-    raw = fitted(read_scan(demo_folder() / "phantom_23w.nii.gz").data, SHAPE)
-    mask = box(SHAPE, FRACTION)
-    tiles = {
-        "bdn": len(tiling.plan_tiles(SHAPE, compiled["bdn"].spec)),
-        "cgm": len(tiling.plan_tiles(SHAPE, compiled["cgm"].spec, mask)),
-    }
-    report.add(shape=SHAPE, brain_fraction=float(mask.mean()), tiles=tiles)
-    latency = report.attempt("latency", lambda: latencies(compiled, raw, mask, options.runs))
-    best = report.attempt("ceilings", lambda: ceilings(compiled))
-    batch = compiled["bdn"].batches[-1] if latency is None else latency["batch"]
-    report.attempt("own_part", lambda: own_part(compiled, raw, mask, batch, options.runs))
-    files = report.attempt("files", lambda: file_times(raw))
-    torch = report.attempt("torch", lambda: torch_figures(compiled, frozen, tiles, batch))
-    if None not in (latency, best, files):
-        report.attempt("ratios", lambda: ratios(compiled, tiles, latency, best, files, torch))
-    report.attempt("layers", lambda: {net: layers(one) for net, one in compiled.items()})
-    if not options.no_tests:
-        report.attempt("tests", run_tests)
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes
+    ----------
+    run : callable
+        Called with the setting, in a process of its own.
+    needs : tuple of str
+        Parts without which it is of no use to try.
+    derived : bool
+        It follows from what others found, and is called with that, here.
+    """
+
+    run: Callable[[Any], Any]
+    needs: tuple[str, ...] = ()
+    derived: bool = False
 
 
-def validity(engine: GpuEngine) -> dict[str, Any] | None:
-    """What the library says of an engine on this GPU, whatever trtseg's own check says."""
-    library, messages = open_library(engine.manifest["library"]["name"]), Messages()
-    if not library.has_engine_validity:
-        return None
-    logger = library.logger(messages)
-    try:
-        runtime = library.trt.Runtime(logger)
-    except (RuntimeError, TypeError) as error:  # pybind11's words for a null runtime
-        return {"runtime": str(error), "said": messages.errors}
-    found, diagnostics = runtime.get_engine_validity(engine.read(engine_file(engine.batches[0])))
-    return {"validity": found.name, "diagnostics": int(diagnostics), "said": messages.errors}
+def measure_all(report: Report, setting: Setting, chosen: list[str]) -> None:
+    """Every chosen part, in order."""
+    for name in chosen:
+        part = PARTS[name]
+        if part.derived:
+            call = functools.partial(part.run, report.found)
+        else:
+            # What a part starts itself, it ends itself, a little earlier.
+            call = functools.partial(apart, part.run, setting, limit=setting.limit + 30)
+        report.attempt(name, call, needs=part.needs)
 
 
-def layers(engine: GpuEngine) -> dict[str, Any]:
-    """What the library's inspector tells of the engine of the largest batch: what it fused."""
-    library = open_library(engine.manifest["library"]["name"])
-    return inspect_engine(library, engine.read(engine_file(engine.batches[-1])))
-
-
-def built(options: argparse.Namespace) -> tuple[dict[str, GpuEngine], dict[str, Engine]]:
-    """The compiled networks and what they were compiled from; builds what is missing or stale."""
-    root, chosen = engines_root(), find_models(options.models)
-    frozen = {one.net: one for one in build_models(chosen, root, force=False, report=print)}
-    compiled = build_gpu_models(chosen, root, library=options.library, report=print)
-    return {one.net: one for one in compiled}, frozen
-
-
-def run_tests() -> dict[str, int]:
-    """Numbers of the GPU tests that passed, failed and were skipped."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-s", f"--junitxml={path}", "tests/gpu"]
-        done = subprocess.run(command, cwd=ROOT, check=False)
-        if not path.exists():
-            raise RuntimeError(f"pytest ended with {done.returncode} and without a report")
-        suite = ET.parse(path).getroot().find("testsuite")
-    assert suite is not None
-    count = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
-    failed = count["failures"] + count["errors"]
-    return {
-        "passed": count["tests"] - failed - count["skipped"],
-        "failed": failed,
-        "skipped": count["skipped"],
-    }
+def all_well(found: Mapping[str, Any]) -> bool:
+    """Whether no part failed, and of the tests that were run some passed and none failed."""
+    tests = [found[name] for name in ("kernel_tests", "tests") if name in found]
+    return not found.get("failed") and all(one["passed"] and not one["failed"] for one in tests)
 
 
 def driver_version() -> str | None:
@@ -222,28 +218,75 @@ def driver_version() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
 
 
-def fitted(voxels: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any]:
-    """The phantom on a larger grid, reflected at its borders, in Fortran order like a file's."""
-    pads = [((n - m) // 2, n - m - (n - m) // 2) for n, m in zip(shape, voxels.shape, strict=True)]
-    return np.asfortranarray(np.pad(voxels, pads, "reflect"))
+# The parts
 
 
-def box(shape: tuple[int, int, int], fraction: float) -> NDArray[np.bool_]:
-    """A centred box of about that part of the volume."""
-    mask = np.zeros(shape, bool)
-    sides = [round(n * fraction ** (1 / 3)) for n in shape]
-    where = tuple(
-        slice((n - side) // 2, (n - side) // 2 + side) for n, side in zip(shape, sides, strict=True)
-    )
-    mask[where] = True
-    return mask
+def run_tests(setting: Setting, only: str | None = None) -> dict[str, Any]:
+    """Numbers of the GPU's tests that passed, failed and were skipped, and what they said."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tests.xml"
+        options = ["-rP", "-o", "junit_logging=system-out", f"--junitxml={path}"]
+        chosen = [] if only is None else ["-k", only]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *chosen, "tests/gpu"],
+            cwd=ROOT,
+            check=False,
+            timeout=setting.limit,
+        )
+        if not path.exists():
+            raise RuntimeError(f"pytest ended with {done.returncode} and without a report")
+        return outcome(path.read_text(encoding="utf-8"))
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came out."""
-    begun = time.perf_counter()
-    result = action()
-    return time.perf_counter() - begun, result
+def outcome(junit: str) -> dict[str, Any]:
+    """What pytest's XML says: counts, why tests failed or were skipped, and what they printed."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures, skips, said = {}, set(), {}
+    for case in ET.fromstring(junit).iter("testcase"):
+        name = case.get("name", "")
+        wrong = next((one for kind in ("failure", "error") for one in case.iter(kind)), None)
+        skipped = case.find("skipped")
+        if wrong is not None:
+            counts["failed"] += 1
+            failures[name] = first_line(wrong.get("message"))
+        elif skipped is not None:
+            counts["skipped"] += 1
+            skips.add(first_line(skipped.get("message")))
+        else:
+            counts["passed"] += 1
+        printed = [line for line in (case.findtext("system-out") or "").splitlines() if line]
+        # pytest sets a heading of dashes above what was printed.
+        if lines := [line for line in printed if not line.startswith("---")]:
+            said[name] = lines
+    return {**counts, "failures": failures, "skipped_because": sorted(skips), "said": said}
+
+
+def first_line(text: str | None) -> str:
+    """The first line of a text, cut to 300 characters."""
+    return next(iter((text or "").splitlines()), "")[:300]
+
+
+def own_part(setting: Setting) -> dict[str, Any]:
+    """The chain's stages with nothing in the networks' place: needs no engine that runs here."""
+    raw, mask = phantom(), box(SHAPE, FRACTION)
+    with CudaDevice() as device, device.active():
+        compiler = find_compiler()
+        device.load_kernels(compile_kernels(compiler))
+        chain = Chain(device)
+        networks = [
+            NoNetwork(device, net, spec, setting.batch) for net, spec in setting.specs().items()
+        ]
+        chain.segment(raw, *networks)
+        whole = warm(lambda: chain.segment(raw, *networks), setting.runs)
+        chain.segment(raw, *networks, mask=mask)
+        boxed = warm(lambda: chain.segment(raw, *networks, mask=mask), setting.runs)
+        chain.close()
+    return {
+        "compiler": compiler.name,
+        "batch": setting.batch,
+        "without_mask": whole,
+        "with_mask": boxed,
+    }
 
 
 class NoNetwork:
@@ -264,87 +307,9 @@ class NoNetwork:
         self.device.zero(self.logit, 4 * self.batch * self.spec.out**3)
 
 
-def own_part(
-    compiled: dict[str, GpuEngine],
-    raw: NDArray[Any],
-    mask: NDArray[np.bool_],
-    batch: int,
-    runs: int,
-) -> dict[str, Any]:
-    """The chain's stages with nothing in the networks' place: needs no engine that runs here."""
-    bdn = compiled["bdn"]
-    with CudaDevice() as device, device.active():
-        device.load_kernels({name: bdn.read(name) for name in bdn.kernels})
-        chain = Chain(device)
-        networks = [NoNetwork(device, net, one.spec, batch) for net, one in compiled.items()]
-        chain.segment(raw, *networks)
-        whole = warm(lambda: chain.segment(raw, *networks), runs)
-        chain.segment(raw, *networks, mask=mask)
-        boxed = warm(lambda: chain.segment(raw, *networks, mask=mask), runs)
-        chain.close()
-    return {"batch": batch, "without_mask": whole, "with_mask": boxed}
-
-
-def opened(compiled: dict[str, GpuEngine]) -> tuple[TensorRTBackend, dict[str, TensorRTNetwork]]:
-    """A backend with both networks."""
-    backend = TensorRTBackend()
-    try:
-        return backend, {net: backend.load(compiled[net]) for net in NETWORKS}
-    except TrtsegError:
-        backend.close()
-        raise
-
-
-def latencies(
-    compiled: dict[str, GpuEngine], raw: NDArray[Any], mask: NDArray[np.bool_], runs: int
-) -> dict[str, Any]:
-    """Starts, and warm runs with and without a given mask, stage by stage."""
-    first_start, (backend, _) = timed(lambda: opened(compiled))
-    backend.close()
-    start, (backend, networks) = timed(lambda: opened(compiled))
-    try:
-        first, _ = timed(lambda: backend.segment_chain(raw))
-        backend.segment_chain(raw, mask=mask)
-        whole = warm(lambda: backend.segment_chain(raw), runs)
-        boxed = warm(lambda: backend.segment_chain(raw, mask=mask), runs)
-        batch = networks["bdn"].batch
-        description = backend.description
-    finally:
-        backend.close()
-    network = whole["stages"]["brain"]["p50_s"] + boxed["stages"]["cortex"]["p50_s"]
-    return {
-        "backend": description,
-        "batch": batch,
-        "seconds_first_start": first_start,
-        "seconds_start": start,
-        "seconds_first_scan": first,
-        "without_mask": whole,
-        "with_mask": boxed,
-        "seconds_network": network,
-        "voxels_per_second": raw.size / network,
-    }
-
-
-def ceilings(compiled: dict[str, GpuEngine]) -> dict[str, float]:
-    """What the GPU reaches at its best."""
-    backend, _ = opened(compiled)
-    try:
-        return dataclasses.asdict(backend.ceilings())
-    finally:
-        backend.close()
-
-
-def warm(action: Callable[[], ChainOutput], runs: int) -> dict[str, Any]:
-    """Host seconds of warm runs, and device seconds of their stages."""
-    pairs = [timed(action) for _ in range(runs)]
-    stages = {
-        name: summary([output.times[name] for _, output in pairs]) for name in pairs[0][1].times
-    }
-    return {"runs": runs, "seconds": summary([seconds for seconds, _ in pairs]), "stages": stages}
-
-
-def file_times(raw: NDArray[Any]) -> dict[str, float]:
+def file_times(setting: Setting) -> dict[str, float]:  # noqa: ARG001 (as every part)
     """Seconds to read the scan from a .nii.gz, and to write two label maps."""
+    raw = phantom()
     scan = scan_from_array(raw, np.diag([0.8, 0.8, 0.8, 1.0]))
     labels = box(SHAPE, FRACTION).astype(np.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -362,110 +327,188 @@ def file_times(raw: NDArray[Any]) -> dict[str, float]:
     return {"seconds_read": read, "seconds_write": write}
 
 
-def torch_figures(
-    compiled: dict[str, GpuEngine],
-    frozen: dict[str, Engine],
-    tiles: dict[str, int],
-    batch: int,
-) -> dict[str, Any] | None:
-    """Both networks in PyTorch float16 over as many tiles."""
+def frozen(setting: Setting) -> dict[str, Any]:
+    """Build what is missing or stale; says how far it is from its checkpoint."""
+    built = build_models(find_models(setting.models), engines_root(), force=False, report=say)
+    return {one.net: one.manifest["proof"]["largest_difference"] for one in built}
+
+
+def compiled(setting: Setting) -> dict[str, Any]:
+    """Compile what is missing or stale; says what was compiled."""
+    built = build_gpu_models(
+        find_models(setting.models), engines_root(), library=setting.library, report=say
+    )
+    return {one.net: {name: one.manifest.get(name) for name in FACTS} for one in built}
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def validity(setting: Setting) -> dict[str, Any]:
+    """What the library says of the engines on this GPU, whatever trtseg's own check says."""
+    return {net: judged(one) for net, one in setting.compiled().items()}
+
+
+def judged(engine: GpuEngine) -> dict[str, Any] | None:
+    """What the library says of an engine; None where it cannot be asked."""
+    library, messages = open_library(engine.manifest["library"]["name"]), Messages()
+    if not library.has_engine_validity:
+        return None
+    logger = library.logger(messages)
     try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    figures: dict[str, Any] = {"version": torch.__version__}
-    for name in ("eager", "compiled"):
-        seconds = {}
-        for net, engine in frozen.items():
-            per_batch = torch_batch(torch, engine, compiled[net].spec, batch, name == "compiled")
-            seconds[net] = per_batch * math.ceil(tiles[net] / batch)
-        figures[f"seconds_{name}"] = sum(seconds.values())
-        figures[f"seconds_{name}_by_network"] = seconds
-    return figures
+        runtime = library.trt.Runtime(logger)
+    except (RuntimeError, TypeError) as error:  # pybind11's words for a null runtime
+        return {"runtime": str(error), "said": messages.errors}
+    found, diagnostics = runtime.get_engine_validity(engine.read(engine_file(engine.batches[0])))
+    return {"validity": found.name, "diagnostics": int(diagnostics), "said": messages.errors}
 
 
-def fastest(torch: Any, action: Callable[[], Any], repeats: int = 10) -> float:
-    """Seconds of the fastest of some runs, by the GPU's clock, after three to warm up."""
-    for _ in range(3):
-        action()
-    best = math.inf
-    for _ in range(repeats):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        action()
-        ended.record()
-        torch.cuda.synchronize()
-        best = min(best, begun.elapsed_time(ended) * 1e-3)
-    return best
+def opened(compiled: dict[str, GpuEngine]) -> tuple[TensorRTBackend, dict[str, TensorRTNetwork]]:
+    """A backend with both networks."""
+    backend = TensorRTBackend()
+    try:
+        return backend, {net: backend.load(compiled[net]) for net in NETWORKS}
+    except TrtsegError:
+        backend.close()
+        raise
 
 
-def torch_batch(
-    torch: Any, engine: Engine, spec: NetworkSpec, batch: int, compile_it: bool
-) -> float:
-    """Seconds of one batch of tiles in the published form, in the faster of two memory orders."""
-    from torch_network import TorchNetwork
+def latencies(setting: Setting) -> dict[str, Any]:
+    """Starts, and warm runs with and without a given mask, stage by stage."""
+    raw, mask, engines = phantom(), box(SHAPE, FRACTION), setting.compiled()
+    cached = any(list(one.folder.glob("*.cache")) for one in engines.values())
+    first_start, (backend, _) = timed(lambda: opened(engines))
+    backend.close()
+    start, (backend, networks) = timed(lambda: opened(engines))
+    try:
+        first, _ = timed(lambda: backend.segment_chain(raw))
+        backend.segment_chain(raw, mask=mask)
+        whole = warm(lambda: backend.segment_chain(raw), setting.runs)
+        boxed = warm(lambda: backend.segment_chain(raw, mask=mask), setting.runs)
+        batch = networks["bdn"].batch
+        description = backend.description
+        device_bytes = backend.device_bytes
+    finally:
+        backend.close()
+    network = whole["stages"]["brain"]["p50_s"] + boxed["stages"]["cortex"]["p50_s"]
+    return {
+        "backend": description,
+        "batch": batch,
+        "device_bytes": device_bytes,
+        "kernels_were_cached": cached,
+        "seconds_first_start": first_start,
+        "seconds_start": start,
+        "seconds_first_scan": first,
+        "without_mask": whole,
+        "with_mask": boxed,
+        "seconds_network": network,
+        "voxels_per_second": raw.size / network,
+    }
 
-    weights = FrozenNetwork.from_bytes(engine.read(WEIGHTS), spec)
-    torch.backends.cudnn.benchmark = True  # the fastest kernels that cuDNN has, as users set it
-    seconds = []
-    for order in (torch.contiguous_format, torch.channels_last_3d):
-        network = TorchNetwork(form_graph(weights, "plain", batch=batch)).cuda().eval()
-        for buffer in network.buffers():
-            if buffer.dim() == 5:
-                buffer.data = buffer.data.contiguous(memory_format=order)
-        run = torch.compile(network) if compile_it else network
-        inputs = [
-            torch.randn(batch, 1, side, side, side, device="cuda").to(memory_format=order)
-            for side in spec.input_sizes().values()
-        ]
-        with torch.inference_mode():
-            seconds.append(fastest(torch, lambda run=run, inputs=inputs: run(*inputs)))
-    return min(seconds)
+
+def ceilings(setting: Setting) -> dict[str, float]:
+    """What the GPU reaches at its best."""
+    backend, _ = opened(setting.compiled())
+    try:
+        return asdict(backend.ceilings())
+    finally:
+        backend.close()
 
 
-def ratios(
-    compiled: dict[str, GpuEngine],
-    tiles: dict[str, int],
-    latency: dict[str, Any],
-    best: dict[str, float],
-    file_seconds: dict[str, float],
-    torch: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The figures that the targets are stated in; None where PyTorch was not there to measure."""
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came out."""
+    begun = time.perf_counter()
+    result = action()
+    return time.perf_counter() - begun, result
+
+
+def warm(action: Callable[[], ChainOutput], runs: int) -> dict[str, Any]:
+    """Host seconds of warm runs, and device seconds of their stages."""
+    pairs = [timed(action) for _ in range(runs)]
+    stages = {
+        name: summary([output.times[name] for _, output in pairs]) for name in pairs[0][1].times
+    }
+    return {"runs": runs, "seconds": summary([seconds for seconds, _ in pairs]), "stages": stages}
+
+
+# What follows from them
+
+
+def fastest_form(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Which of the forms that were timed is fastest; nothing where none was."""
+    taken = {form: found[f"time_{form}"] for form in FORMS if f"time_{form}" in found}
+    return gpu_forms.fastest(taken, found["tiles"]) if taken else {}
+
+
+def ratios(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that the targets are stated in; None where PyTorch was not there to measure.
+
+    Parameters
+    ----------
+    found : mapping
+        With ``tiles``, and what the parts ``compiled``, ``latency``, ``ceilings`` and ``files``
+        found, and ``torch_eager`` and ``torch_compiled`` where they are there.
+    """
+    latency, best, tiles = found["latency"], found["ceilings"], found["tiles"]
     network = latency["seconds_network"]
     # Either of the two scans holds one of the networks; what is not network counts once, with the
     # files.
     whole = latency["without_mask"]
     rest = whole["seconds"]["p50_s"] - whole["stages"]["brain"]["p50_s"]
     rest -= whole["stages"]["cortex"]["p50_s"]
-    files = sum(file_seconds.values())
-    work = {net: cost(one.spec, one.manifest["form"]) for net, one in compiled.items()}
-    operations = sum(2 * work[net].multiply_adds * tiles[net] for net in work)
-    moved = sum(work[net].bytes * tiles[net] for net in work)
-    found: dict[str, Any] = {
+    files = sum(found["files"].values())
+    work = {net: one["cost"] for net, one in found["compiled"].items()}
+    operations = sum(2 * work[net]["multiply_adds"] * tiles[net] for net in work)
+    moved = sum(work[net]["bytes"] * tiles[net] for net in work)
+    floor = max(operations / best["operations_per_second"], moved / best["bytes_per_second"])
+    result: dict[str, Any] = {
         "operations": operations,
         "bytes": moved,
         "operations_per_second": operations / network,
         "bytes_per_second": moved / network,
         "end_to_end_to_network": (network + rest + files) / network,
         "chain_to_network": (network + rest) / network,
-        "torch_eager_to_network": None,
-        "torch_compiled_to_network": None,
+        "seconds_floor_estimated": floor,
+        "network_to_floor_estimated": network / floor,
+        "note": FLOOR,
     }
-    floor = max(
-        operations / best["operations_per_second"],
-        moved / best["bytes_per_second"],
-    )
-    found |= {"seconds_floor": floor, "network_to_floor": network / floor}
-    if torch is None:
-        return {**found, "missing": f"torch_*: {TORCH}"}
+    for name in ("torch_eager", "torch_compiled"):
+        one = found.get(name)
+        result[f"{name}_to_network"] = None if one is None else one["seconds"] / network
+        if one is None:
+            result["missing"] = f"torch_*: {gpu_torch.COMMAND}"
+    return result
+
+
+def of_form(form: str) -> dict[str, Part]:
+    """The parts of a graph form."""
+    before = (f"compile_{form}",)
     return {
-        **found,
-        "torch_eager_to_network": torch["seconds_eager"] / network,
-        "torch_compiled_to_network": torch["seconds_compiled"] / network,
+        f"compile_{form}": Part(functools.partial(gpu_forms.compiling, form=form), ("frozen",)),
+        f"time_{form}": Part(functools.partial(gpu_forms.timing, form=form), before),
+        f"layers_{form}": Part(functools.partial(gpu_forms.inspecting, form=form), before),
     }
+
+
+#: The parts in order: what needs least, or tells most, first.
+PARTS = {
+    "own_part": Part(own_part),
+    "files": Part(file_times),
+    "frozen": Part(frozen),
+    "compiled": Part(compiled, ("frozen",)),
+    "validity": Part(validity, ("compiled",)),
+    "latency": Part(latencies, ("compiled",)),
+    "ceilings": Part(ceilings, ("compiled",)),
+    "kernel_tests": Part(functools.partial(run_tests, only=KERNEL_TESTS)),
+    "torch_eager": Part(gpu_torch.eager, ("frozen",)),
+    **{name: part for form in FORMS for name, part in of_form(form).items()},
+    "fastest_form": Part(fastest_form, derived=True),
+    "torch_compiled": Part(gpu_torch.compiled, ("frozen",)),
+    "ratios": Part(ratios, ("compiled", "latency", "ceilings", "files"), derived=True),
+    "tests": Part(run_tests),
+}
 
 
 if __name__ == "__main__":

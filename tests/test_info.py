@@ -10,6 +10,7 @@ import pytest
 
 from tests.test_chains import compiled
 from trtseg import info, packages
+from trtseg.cuda import device
 from trtseg.errors import DeviceError
 
 
@@ -40,6 +41,10 @@ class FakeDriver:
 
     def cuDeviceGetAttribute(self, out: Any, attribute: int, device: Any) -> int:  # noqa: N802
         out._obj.value = {75: 12, 76: 0}[attribute]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, out: Any, device: Any) -> int:  # noqa: N802
+        out._obj.value = 48 << 30
         return 0
 
 
@@ -115,9 +120,16 @@ def test_a_driver_without_a_gpu(tmp_path, monkeypatch, driver):
 def test_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(info, "_open_driver", lambda: FakeDriver(gpus=2))
     monkeypatch.setitem(packages.PACKAGES, "pycuda", ("numpy",))
+    monkeypatch.setattr(device, "list_gpus", list)
     found = info.gather(tmp_path)
     assert found["devices"]["cuda"]["gpus"] == [
-        {"device": f"cuda:{n}", "name": "RTX 6000", "compute_capability": "12.0"} for n in (0, 1)
+        {
+            "device": f"cuda:{n}",
+            "name": "RTX 6000",
+            "compute_capability": "12.0",
+            "memory_bytes": 51539607552,
+        }
+        for n in (0, 1)
     ]
     assert not any("PyCUDA" in line or "GPU" in line for line in missing(found, "cuda"))
 
@@ -126,6 +138,7 @@ def test_nothing_compiled_for_a_gpu(engines_root, tmp_path, monkeypatch):
     monkeypatch.setattr(info, "_open_driver", FakeDriver)
     for name in ("pycuda", "tensorrt_rtx"):
         monkeypatch.setitem(packages.PACKAGES, name, ("numpy",))
+    monkeypatch.setattr(device, "list_gpus", list)
     root = shutil.copytree(engines_root, tmp_path / "engines")
     compiled(root, "demo")
     found = info.gather(root)
@@ -137,6 +150,21 @@ def test_nothing_compiled_for_a_gpu(engines_root, tmp_path, monkeypatch):
     assert demo["cuda"]["bdn"].startswith("tensorrt_rtx 9.8.7, plain, batches 1, 4, ")
     assert random11["cuda"] == {}
     assert f"    CGM for GPUs: {demo['cuda']['cgm']}" in info.lines(found)
+
+
+def test_a_pycuda_that_does_not_work(tmp_path, monkeypatch):
+    def broken() -> Any:
+        raise DeviceError("libcurand.so.10 is not found", action="run ldconfig")
+
+    monkeypatch.setattr(info, "_open_driver", FakeDriver)
+    for name in ("pycuda", "tensorrt_rtx"):
+        monkeypatch.setitem(packages.PACKAGES, name, ("numpy",))
+    monkeypatch.setattr(device, "list_gpus", broken)
+    found = info.gather(tmp_path)
+    assert found["devices"]["cuda"]["usable"] is False
+    assert missing(found, "cuda") == [
+        "a PyCUDA that works: libcurand.so.10 is not found: run ldconfig"
+    ]
 
 
 def test_libraries_that_are_not_installed(tmp_path, monkeypatch):

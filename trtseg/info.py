@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtseg import __version__
 from trtseg.engine import build_command, built_models
-from trtseg.errors import TrtsegError
+from trtseg.errors import DeviceError, TrtsegError
 from trtseg.gpu_engine import gpu_build_command
 from trtseg.home import checkpoints_root, engines_root, home
 from trtseg.packages import PACKAGES, package_version
@@ -127,30 +127,56 @@ def _cuda(libraries: dict[str, str | None], missing: list[dict[str, str]]) -> di
         _lacks(missing, "cuda", "TensorRT-RTX, or TensorRT for GPUs of a data centre", commands)
     if libraries["pycuda"] is None:
         _lacks(missing, "cuda", "PyCUDA", INSTALL_PYCUDA)
+    elif gpus:
+        _lack_pycuda(missing)
     return {"usable": bool(gpus) and len(missing) == before, "driver": driver, "gpus": gpus}
 
 
-def _driver(missing: list[dict[str, str]]) -> tuple[str | None, list[dict[str, str]]]:
-    """CUDA version of the driver and the GPUs it sees, asked of the driver's own library.
+def _lack_pycuda(missing: list[dict[str, str]]) -> None:
+    """Look whether PyCUDA, which is installed, works with the driver; no context is made."""
+    from trtseg.cuda.device import list_gpus
 
-    PyCUDA is left alone: it fails on import without a driver, and holds a GPU with one.
-    """
     try:
-        library = _open_driver()
-    except OSError:
+        list_gpus()
+    except DeviceError as error:
+        _lacks(missing, "cuda", f"a PyCUDA that works: {error.found}", error.action)
+
+
+def _driver(missing: list[dict[str, str]]) -> tuple[str | None, list[dict[str, Any]]]:
+    driver, gpus = find_gpus()
+    if driver is None:
         _lacks(
             missing,
             "cuda",
             f"NVIDIA's driver ({_DRIVER} is not found)",
             "install the driver of your GPU; on Ubuntu: sudo ubuntu-drivers install",
         )
+    elif not gpus:
+        _lacks(missing, "cuda", "an NVIDIA GPU that the driver sees", "nvidia-smi says why")
+    return driver, gpus
+
+
+def find_gpus() -> tuple[str | None, list[dict[str, Any]]]:
+    """Ask the driver's own library for the GPUs it sees.
+
+    PyCUDA is not asked: it cannot be imported without a driver, and may be what is missing.
+
+    Returns
+    -------
+    driver : str or None
+        The newest CUDA version that it supports, such as ``13.0``; None where there is no driver.
+    gpus : list of dict
+        Of each its ``device`` (``cuda:N``), ``name``, ``compute_capability`` (such as ``8.9``) and
+        ``memory_bytes``.
+    """
+    try:
+        library = _open_driver()
+    except OSError:
         return None, []
     version = ctypes.c_int()
     count = ctypes.c_int()
     library.cuDriverGetVersion(ctypes.byref(version))
     started = library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0
-    if not started or count.value == 0:
-        _lacks(missing, "cuda", "an NVIDIA GPU that the driver sees", "nvidia-smi says why")
     return (
         f"{version.value // 1000}.{version.value % 1000 // 10}",
         [_gpu(library, index) for index in range(count.value)] if started else [],
@@ -161,7 +187,7 @@ def _open_driver() -> Any:
     return ctypes.CDLL(_DRIVER)
 
 
-def _gpu(library: Any, index: int) -> dict[str, str]:
+def _gpu(library: Any, index: int) -> dict[str, Any]:
     device = ctypes.c_int()
     library.cuDeviceGet(ctypes.byref(device), index)
     name = ctypes.create_string_buffer(256)
@@ -171,10 +197,13 @@ def _gpu(library: Any, index: int) -> dict[str, str]:
         number = ctypes.c_int()
         library.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
         numbers.append(str(number.value))
+    memory = ctypes.c_size_t()
+    library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     return {
         "device": f"cuda:{index}",
         "name": name.value.decode("utf-8", "replace"),
         "compute_capability": ".".join(numbers),
+        "memory_bytes": memory.value,
     }
 
 

@@ -46,16 +46,30 @@ Engines = dict[tuple[str, str], GpuEngine]
 
 @pytest.fixture(scope="session")
 def gpu() -> None:
-    """A GPU and a library, or no test."""
+    """A GPU, or no test."""
     try:
         list_gpus()
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def library(gpu: None) -> None:
+    """A library that runs engines, or no test."""
+    try:
         open_library()
     except DeviceError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
-def gpu_root(gpu: None, engines_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernels() -> dict[str, bytes]:
+    """The kernels, compiled once: with nvcc that takes seconds."""
+    return compile_kernels()
+
+
+@pytest.fixture(scope="session")
+def gpu_root(library: None, engines_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engines folder whose networks are compiled on this machine."""
     from trtseg.build.tensorrt import build_gpu_models
     from trtseg.models import find_models
@@ -80,10 +94,10 @@ def engines(gpu_root: Path) -> Engines:
 
 
 @pytest.fixture
-def device(gpu: None) -> Iterator[CudaDevice]:
+def device(gpu: None, kernels: dict[str, bytes]) -> Iterator[CudaDevice]:
     """The first GPU, its context current, with the kernels loaded."""
     with CudaDevice() as device, device.active():
-        device.load_kernels(compile_kernels())
+        device.load_kernels(kernels)
         yield device
 
 
