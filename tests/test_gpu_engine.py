@@ -35,7 +35,7 @@ COMMAND = "trtseg engines build --models tiny --device cuda"
 def selftest_file() -> bytes:
     stream = io.BytesIO()
     inputs = {"normal": np.ones((1, 1, 15, 15, 15), np.float32)}
-    np.savez(stream, allow_pickle=False, **inputs, logit=answer())
+    np.savez(stream, **inputs, logit=answer())
     return stream.getvalue()
 
 

@@ -40,7 +40,8 @@ def test_mask_of_scaled_values(tmp_path):
 
 def test_mask_threshold_is_above_one_half(tmp_path):
     values = np.zeros(SHAPE, np.float32)
-    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = 0.5, np.nextafter(np.float32(0.5), 1), -3
+    half, one = np.float32(0.5), np.float32(1)
+    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = half, np.nextafter(half, one), -3
     path = write_mask(tmp_path / "m.nii", values)
     assert np.argwhere(read_mask(path, geometry(), SHAPE)).tolist() == [[1, 0, 0]]
 

@@ -527,7 +527,8 @@ def test_text_that_a_spreadsheet_would_run(tmp_path, text):
     assert found == {"id": "'" + text, "value": "-1.5"}
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+# Python 3.10 writes no NUL into a table, and no file name holds one.
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 @settings(
     max_examples=60,
     derandomize=True,

@@ -25,7 +25,7 @@ LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 
 
 @pytest.mark.skipif(not WHEELS, reason="no bindings: run scripts/gpu-layers")
-@pytest.mark.parametrize("wheel", WHEELS, ids=lambda wheel: wheel.parent.name)
+@pytest.mark.parametrize("wheel", WHEELS, ids=[wheel.parent.name for wheel in WHEELS])
 @pytest.mark.parametrize("beneath", [False, True], ids=["nothing", "TensorRT-RTX"])
 def test_bindings(wheel: Path, beneath: bool, tmp_path: Path) -> None:
     [libraries] = wheel.parent.glob("tensorrt_rtx_libs")

@@ -88,7 +88,7 @@ class FrozenNetwork:
         }
         stream = io.BytesIO()
         # numpy gives every member of the archive the same fixed date, so the bytes repeat.
-        np.savez(stream, allow_pickle=False, **arrays)
+        np.savez(stream, **arrays)
         return stream.getvalue()
 
     @classmethod
