@@ -15,6 +15,7 @@ from trtseg import bench
 from trtseg.backends.base import Ceilings
 from trtseg.backends.openvino import OpenVINOBackend
 from trtseg.cli import app
+from trtseg.cuda.device import OutOfDeviceMemory
 from trtseg.errors import EngineError, InputError, OutputError, UsageError
 from trtseg.pipeline import Segmenter
 
@@ -74,6 +75,38 @@ def test_lines(load, scan):
     assert "read          1.5000    2.5000    3.5000" in shown
     assert any(line.startswith("network: ") and "TFLOP/s" in line for line in shown)
     assert shown[-1] == "peak memory: 1.50 GiB, 1.00 GiB on the device"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OutOfDeviceMemory(3 << 30, 1 << 30, "the measurement of the GPU's ceilings"),
+            "the GPU has 1024 MiB of free memory; expected 3072 MiB for the measurement of the "
+            "GPU's ceilings; close other programs on the GPU (nvidia-smi lists them), or run with "
+            "--device cpu",
+        ),
+        (MemoryError(), "there is not enough memory"),
+    ],
+)
+def test_without_room_for_ceilings_the_timings_are_kept(load, scan, monkeypatch, error, reason):
+    def fail(_: OpenVINOBackend) -> Ceilings:
+        raise error
+
+    known = bench.measure(load, scan, runs=1)
+    assert known["not_measured"] is None
+    monkeypatch.setattr(OpenVINOBackend, "ceilings", fail)
+    report = json.loads(json.dumps(bench.measure(load, scan, runs=1)))
+    assert list(report) == list(known)
+    assert (report["ceilings"], report["of_ceilings"]) == (None, None)
+    assert report["not_measured"] == reason
+    assert report["labels_sha256"] == known["labels_sha256"]
+    assert report["achieved"]["operations_per_second"] > 0
+    shown = list(bench.lines(report))
+    assert f"what the device reaches at its best: not measured: {reason}" in shown
+    assert sum(line.startswith("network: ") for line in shown) == 2
+    assert not any("reaches" in line for line in shown if line.startswith("network: "))
+    assert shown[-1].startswith("peak memory: ")
 
 
 def test_summary():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trtseg.errors import EngineError, OutputError, UsageError
+from trtseg.errors import DeviceError, EngineError, OutputError, UsageError
 from trtseg.files import sha256_bytes, sha256_file
 from trtseg.logs import stopwatch
 from trtseg.nifti import read_scan
@@ -60,7 +60,8 @@ def measure(
         `precision`, `versions`; `start_s` and `first_scan_s`; `runs`; `stages`, `total` and
         `network` with ``p50_s``, ``p95_s`` and ``max_s`` each; `voxels_per_second`; `work`,
         `achieved`, `ceilings` and `of_ceilings`, in operations (two a multiply-add) and bytes of
-        activations; `memory`; `labels_sha256`.
+        activations, the latter two None where the device could not be measured, and then
+        `not_measured` says why; `memory`; `labels_sha256`.
 
     Raises
     ------
@@ -137,13 +138,18 @@ def _rates(chain: Chain, scan: Path, result: Segmentation, seconds: float) -> di
         "operations_per_second": 2 * work.multiply_adds / seconds,
         "bytes_per_second": work.bytes / seconds,
     }
-    ceilings = asdict(chain.ceilings())
-    return {
+    found: dict[str, Any] = {
         "work": asdict(work),
         "achieved": achieved,
-        "ceilings": ceilings,
-        "of_ceilings": {name: achieved[name] / best for name, best in ceilings.items()},
+        "ceilings": None,
+        "of_ceilings": None,
     }
+    try:
+        ceilings = asdict(chain.ceilings())
+    except (DeviceError, MemoryError) as error:  # the large product and copy may find no room
+        return {**found, "not_measured": str(error) or "there is not enough memory"}
+    share = {name: achieved[name] / best for name, best in ceilings.items()}
+    return {**found, "ceilings": ceilings, "of_ceilings": share, "not_measured": None}
 
 
 @contextmanager
@@ -205,18 +211,28 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     for name, row in rows.items():
         yield f"{name:<10} {row['p50_s']:9.4f} {row['p95_s']:9.4f} {row['max_s']:9.4f}"
     yield f"{report['voxels_per_second'] / 1e6:.2f} million voxels a second, end to end"
-    achieved, best, share = report["achieved"], report["ceilings"], report["of_ceilings"]
-    yield (
-        f"network: {achieved['operations_per_second'] / 1e12:.2f} TFLOP/s, "
-        f"{share['operations_per_second']:.0%} of the {best['operations_per_second'] / 1e12:.2f} "
-        "that one large product reaches"
-    )
-    yield (
-        f"network: {achieved['bytes_per_second'] / 1e9:.1f} GB/s of activations, "
-        f"{share['bytes_per_second']:.0%} of the {best['bytes_per_second'] / 1e9:.1f} "
-        "that one large copy reaches"
-    )
+    yield from _rate_lines(report)
     memory = report["memory"]
     device = memory["device_bytes"]
     on_device = "" if device is None else f", {device / 2**30:.2f} GiB on the device"
     yield f"peak memory: {memory['host_peak_bytes'] / 2**30:.2f} GiB{on_device}"
+
+
+def _rate_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """The networks' rates, beside what the device reaches where that was measured."""
+    achieved, best, share = report["achieved"], report["ceilings"], report["of_ceilings"]
+    operations = f"network: {achieved['operations_per_second'] / 1e12:.2f} TFLOP/s"
+    moved = f"network: {achieved['bytes_per_second'] / 1e9:.1f} GB/s of activations"
+    if best is None:
+        yield operations
+        yield moved
+        yield f"what the device reaches at its best: not measured: {report['not_measured']}"
+        return
+    yield (
+        f"{operations}, {share['operations_per_second']:.0%} of the "
+        f"{best['operations_per_second'] / 1e12:.2f} that one large product reaches"
+    )
+    yield (
+        f"{moved}, {share['bytes_per_second']:.0%} of the {best['bytes_per_second'] / 1e9:.1f} "
+        "that one large copy reaches"
+    )

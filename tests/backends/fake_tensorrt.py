@@ -81,7 +81,8 @@ class FakeTensorRT:
     weights_bytes : int
         Device memory of an engine, besides its scratch.
     failures : set of str
-        ``deserialize``, ``context``, ``address``, ``enqueue``: what is to fail.
+        ``deserialize``, ``context``, ``address``, ``enqueue``, ``enqueue 16`` (of that batch
+        alone), ``serialize``: what is to fail.
     reason : str
         What is logged on a failure.
     validity : tuple
@@ -283,8 +284,8 @@ class _Cache:
         self.fake.caches[-1] = content
         return True
 
-    def serialize(self) -> memoryview:
-        return memoryview(b"compiled kernels")
+    def serialize(self) -> memoryview | None:
+        return None if self.fake.fails("serialize") else memoryview(b"compiled kernels")
 
 
 class _Config:
@@ -332,7 +333,7 @@ class _Context:
         fake = self.fake
         assert stream == fake.device.stream
         assert self.device_memory
-        if fake.fails("enqueue"):
+        if fake.fails("enqueue") or fake.fails(f"enqueue {self.data['batch']}"):
             return False
         addresses = dict(self.addresses)
         if self.data["function"] == "product":

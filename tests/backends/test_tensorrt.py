@@ -265,6 +265,17 @@ def test_a_gpu_that_fails_to_close_is_closed(backend, fake, monkeypatch):
     assert fake.device.closed
 
 
+def test_a_gpu_that_cannot_be_made_active_is_closed(backend, fake, monkeypatch):
+    def fail() -> None:
+        monkeypatch.undo()
+        raise DeviceError("the GPU failed")
+
+    monkeypatch.setattr(fake.device, "active", fail)
+    with pytest.raises(DeviceError):
+        backend.close()
+    assert fake.device.closed
+
+
 def test_a_library_that_cannot_start(fake):
     fake.failures = {"runtime"}
     fake.reason = "CUDA driver version is insufficient"
@@ -369,6 +380,35 @@ def test_an_illegal_access_is_no_want_of_memory(fake, write):
     with pytest.raises(EngineError, match="an illegal memory access"):
         backend.load(write("bdn", library=fake.library.name))
     assert fake.opened == [16]
+
+
+@pytest.mark.parametrize("what", ["enqueue 16", "enqueue"])
+def test_memory_that_the_library_misses_at_the_first_run(fake, write, what):
+    """Kernels may be loaded, and memory for them taken, when they are first enqueued."""
+    backend = TensorRTBackend(library=fake.library, device=fake.device)
+    fake.failures = {what}
+    fake.reason = "Error Code 1: Cuda Runtime (out of memory)"
+    engine = write("bdn", library=fake.library.name)
+    if what == "enqueue 16":
+        assert backend.load(engine).batch == 4
+        assert fake.opened == [16, 4]
+    else:
+        with pytest.raises(OutOfDeviceMemory, match=r"more for .*b1\.engine \(Error Code 1: Cuda"):
+            backend.load(engine)
+        assert fake.opened == [16, 4, 1]
+        assert fake.device.in_use == 0
+
+
+def test_memory_that_the_library_misses_within_a_scan(backend, fake):
+    raw = scan_of((14, 9, 12))
+    expected = backend.segment_chain(raw)
+    fake.failures = {"enqueue 16"}
+    fake.reason = "CUDA_ERROR_OUT_OF_MEMORY"
+    fake.opened.clear()
+    output = backend.segment_chain(raw)
+    assert fake.opened == [4, 4]
+    np.testing.assert_array_equal(output.brain.labels, expected.brain.labels)
+    np.testing.assert_array_equal(output.cortex.labels, expected.cortex.labels)
 
 
 # What is refused
@@ -547,6 +587,10 @@ def test_a_batch_that_cannot_be_enqueued(backend, fake):
     fake.failures = {"enqueue"}
     with pytest.raises(DeviceError, match=r"b16\.engine: .*cannot run a batch.*\(a reason\)"):
         backend.segment_chain(scan_of((9, 9, 9)))
+    fake.reason = "an illegal memory access was encountered"
+    with pytest.raises(DeviceError) as caught:
+        backend.segment_chain(scan_of((9, 9, 9)))
+    assert not isinstance(caught.value, OutOfDeviceMemory)
     fake.failures = set()
     assert backend.segment_chain(scan_of((9, 9, 9))).brain.labels.any()
 
@@ -555,7 +599,7 @@ def test_a_batch_that_cannot_be_enqueued(backend, fake):
 
 
 def cache_of(engine: GpuEngine) -> Path:
-    return engine.folder / "b16.sm_86.cache"
+    return engine.folder / "b16.sm_86.host_double.cache"
 
 
 def test_compiled_kernels_are_kept_for_the_next_start(rtx, write):
@@ -568,6 +612,37 @@ def test_compiled_kernels_are_kept_for_the_next_start(rtx, write):
     TensorRTBackend(library=rtx.library, device=rtx.device).load(engine)
     assert rtx.caches == [None, b"compiled kernels"]
     assert cache_of(engine).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("NVIDIA GeForce RTX 4090", "b16.sm_86.NVIDIA_GeForce_RTX_4090.cache"),
+        ("NVIDIA A100 MIG 1g.5gb / µ..", "b16.sm_86.NVIDIA_A100_MIG_1g_5gb_.cache"),
+    ],
+)
+def test_each_model_of_gpu_has_its_own_cache(rtx, write, model, file):
+    engine = write("bdn")
+    TensorRTBackend(library=rtx.library, device=rtx.device).load(engine)
+    rtx.device.name = model
+    for found in (None, b"compiled kernels"):
+        TensorRTBackend(library=rtx.library, device=rtx.device).load(engine)
+        assert rtx.caches[-1] == found
+    assert sorted(path.name for path in engine.folder.glob("*.cache")) == sorted(
+        [file, cache_of(engine).name]
+    )
+
+
+def test_a_library_that_gives_no_cache_is_no_error(rtx, write):
+    engine = write("bdn")
+    rtx.failures = {"serialize"}
+    rtx.reason = "Failed to capture the device fingerprint"
+    backend = TensorRTBackend(library=rtx.library, device=rtx.device)
+    assert backend.load(engine).batch == 16
+    assert not list(engine.folder.glob("*.cache"))
+    rtx.failures = set()
+    backend.load(engine)
+    assert cache_of(engine).read_bytes() == b"compiled kernels"
 
 
 def test_a_cache_that_others_could_write_is_not_read(rtx, write):

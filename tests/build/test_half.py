@@ -67,6 +67,72 @@ def test_a_convolution_rounds_its_sum_once() -> None:
     assert result.tolist() == [[[[[2050]]]]]
 
 
+def convolved(x: np.ndarray, weight: np.ndarray, products: int | None) -> np.ndarray:
+    """One convolution in float16 of (C, i, j, k) with (out, C, a, b, c)."""
+    graph, name = half_graph((1, *x.shape))
+    operands = [graph.constant("w", weight), graph.constant("b", np.zeros(len(weight)))]
+    kernel = list(weight.shape[2:])
+    result = graph.node("Conv", [name, *operands], kernel_shape=kernel)
+    graph.add_output("y", graph.widen(result))
+    evaluator = Evaluator(graph.serialise(), products)
+    return evaluator.run({"x": x[None].astype(np.float32)}).result[0]
+
+
+# From 2048 on, float16 has even numbers only. 2048 and seven times 0.625 is 2052.375.
+@pytest.mark.parametrize(("products", "expected"), [(None, 2052), (1, 2048), (2, 2054), (4, 2052)])
+def test_a_sum_in_float16_is_rounded_after_so_many_products(
+    products: int | None, expected: float
+) -> None:
+    x = np.array([2048, *[0.625] * 7]).reshape(8, 1, 1, 1)
+    assert convolved(x, np.ones((1, 8, 1, 1, 1)), products).item() == expected
+
+
+def test_a_sum_goes_tap_by_tap_through_all_channels() -> None:
+    x = np.array([[2048, 0.75], [-2047, 0.25]]).reshape(2, 2, 1, 1)
+    # 1 + 1; channel by channel it would be 2048 - 2046.75.
+    assert convolved(x, np.ones((1, 2, 2, 1, 1)), 2).item() == 2
+
+
+def test_a_sum_in_float16_is_rounded_as_a_cast_does() -> None:
+    rng = np.random.default_rng(5)
+    x, weight = (
+        rng.standard_normal(shape).astype(np.float16).astype(np.float32)
+        for shape in ((24, 3, 4, 5), (7, 24))
+    )
+    total = np.zeros((7, 60), np.float32)
+    for first in range(0, 24, 5):
+        total += weight[:, first : first + 5] @ x.reshape(24, -1)[first : first + 5]
+        total = total.astype(np.float16).astype(np.float32)
+    found = convolved(x, weight.reshape(7, 24, 1, 1, 1), 5)
+    np.testing.assert_array_equal(found, total.reshape(7, 3, 4, 5))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_in_float16_are_further_from_float32(form: str) -> None:
+    frozen = freeze(random_variables(TINY, seed=4), TINY)
+    inputs = {name: tile[None] for name, tile in random_inputs(TINY, seed=4).items()}
+    exact = Evaluator(form_graph(frozen, form, half=False)).run(inputs).result
+    content = form_graph(frozen, form)
+    squares = []
+    for products in (None, 8, 1):
+        network = HalfNetwork(TINY, content, products)
+        squares.append(np.square(network.tile_logits(inputs) - exact[0]).mean())
+    assert 0 < squares[0] < squares[1] < squares[2] < 1e-4
+
+
+def test_sums_in_float32_stay_so() -> None:
+    graph = Graph(half=True, wide=["conv_1"])
+    x = graph.narrow(graph.add_input("x", (1, 3, 1, 1, 1)))
+    operands = [graph.constant("w", np.ones((1, 3, 1, 1, 1))), graph.constant("b", np.zeros(1))]
+    result = graph.node("Conv", [x, *operands], kernel_shape=[1, 1, 1])
+    graph.add_output("y", graph.widen(result))
+    evaluation = Evaluator(graph.serialise(), 1).run(
+        {"x": np.float32([2048, 1, 1]).reshape(1, 3, 1, 1, 1)}
+    )
+    assert evaluation.result.item() == 2050
+    assert set(evaluation.kept) == {"conv_1"}
+
+
 def test_what_leaves_the_range_is_infinite_and_told() -> None:
     graph, x = half_graph((2,))
     result, largest = run_half(graph, graph.node("Mul", [x, x]), np.array([-300.0, 2.0]))

@@ -308,8 +308,26 @@ def test_evidence_of_float16_is_stored(build: Build) -> None:
         assert 0.9 < evidence["labels_equal"] <= 1
         assert 1e-5 < evidence["largest_difference"] < 0.05
         assert 0.1 < evidence["largest_activation"] < 100
+        coarse = evidence["float16_sums"]
+        assert coarse["products"] == 8
+        assert 0.9 < coarse["labels_equal"] <= 1
+        assert evidence["largest_difference"] < coarse["largest_difference"] < 0.05
         limits = engine.manifest["selftest"]
-        assert limits["largest_difference"] == 4 * evidence["largest_difference"] + 1e-3
+        assert limits["largest_difference"] == 2 * coarse["largest_difference"] + 1e-3
+
+
+def test_the_worse_kind_of_sums_sets_the_limits() -> None:
+    one = {"labels_equal": 0.9990, "largest_difference": 0.01}
+    other = {"labels_equal": 0.9995, "largest_difference": 0.02}
+    for evidence in ({**one, "float16_sums": other}, {**other, "float16_sums": one}):
+        assert tensorrt._limits(evidence) == pytest.approx(
+            {"labels_equal": 0.997, "largest_difference": 0.041}
+        )
+    none = {"labels_equal": 0.4, "largest_difference": 0.0}
+    assert tensorrt._limits({**none, "float16_sums": none}) == {
+        "labels_equal": 0.0,
+        "largest_difference": 1e-3,
+    }
 
 
 def test_manifest_says_what_was_compiled_from_what(build: Build, root: Path) -> None:
@@ -362,6 +380,13 @@ def test_another_recipe_is_compiled_anew(build: Build, root: Path, change: dict[
     first = [engine.manifest["cache_key"] for engine in build()]
     second = [engine.manifest["cache_key"] for engine in build(**change)]
     assert not set(first) & set(second)
+
+
+def test_other_limits_are_compiled_anew(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [engine.manifest["cache_key"] for engine in build()]
+    monkeypatch.setattr(tensorrt, "_SLACK", 3.0)
+    second = build()
+    assert not set(first) & {engine.manifest["cache_key"] for engine in second}
 
 
 def test_other_weights_are_compiled_anew(build: Build, root: Path) -> None:

@@ -7,6 +7,7 @@ and the steps of a scan from `trtseg.cuda.chain`; this module loads engines and 
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trtseg.backends.base import ChainOutput, NetworkOutput
@@ -231,13 +232,15 @@ class TensorRTBackend:
         if not self._open:
             return
         self._open = False
-        with self._gpu.active():
-            for network in networks.values():
-                network.drop()
-            self._runtime = None
-            with contextlib.suppress(DeviceError):  # of a GPU that failed; closing it frees all
-                self._chain.close()
-        self._gpu.close()
+        try:
+            with self._gpu.active():
+                for network in networks.values():
+                    network.drop()
+                self._runtime = None
+                with contextlib.suppress(DeviceError):  # of a GPU that failed; closing it frees all
+                    self._chain.close()
+        finally:
+            self._gpu.close()  # even if it cannot be made active: PyCUDA would abort at exit
 
     def _start(self, library: Library) -> None:
         self._library = library
@@ -434,17 +437,20 @@ class Session:
     def keep_cache(self) -> None:
         """Keep what was compiled for this GPU beside the engine, for the next start.
 
-        A folder that cannot be written costs that start some seconds and nothing else.
+        A folder that cannot be written, or a library that gives nothing to be kept, costs that
+        start some seconds and nothing else.
         """
         if not self._cache_is_new:
             return
-        content = bytes(self._cache.serialize())
+        self._cache_is_new = False
+        content = self._cache.serialize()
+        if content is None:
+            return
         path = self._cache_path()
         with contextlib.suppress(OutputError, OSError):
             with atomic_write(path) as stream:
-                stream.write(content)
+                stream.write(bytes(content))
             path.chmod(0o644)  # whatever the umask: a file that others can write is not read again
-        self._cache_is_new = False
 
     def close(self) -> None:
         """Free the library's objects, at once and whoever still holds the session."""
@@ -520,14 +526,16 @@ class Session:
             return None  # it is compiled again, and replaces what cannot be trusted
 
     def _cache_path(self) -> Path:
+        """One for each model of GPU: those that share a folder would replace each other's."""
         major, minor = self._device.compute_capability
         stem = self._file.partition(".")[0]
-        return self._engine.folder / f"{stem}.sm_{major}{minor}.cache"
+        model = re.sub(r"[^A-Za-z0-9]+", "_", self._device.name)
+        return self._engine.folder / f"{stem}.sm_{major}{minor}.{model}.cache"
 
     def _refused(self, needed: int | None, what: str, reason: str = "") -> Exception:
         """The error of an engine that the library does not take."""
         said = reason or self._messages.reason
-        if "memory" in said.lower() and "illegal" not in said.lower():
+        if _of_memory(said):
             return OutOfDeviceMemory(needed, self._device.memory()[0], f"{self.name} ({said})")
         return EngineError(
             f"{self.name}: {self._library.name} {self._library.version} cannot {what} ({said})",
@@ -536,8 +544,12 @@ class Session:
         )
 
     def _failed(self, what: str) -> DeviceError:
+        """The error of an engine that was taken and does not run."""
+        said = self._messages.reason
+        if _of_memory(said):  # kernels may be loaded when they are first run
+            return OutOfDeviceMemory(None, self._device.memory()[0], f"{self.name} ({said})")
         return DeviceError(
-            f"{self.name}: {self._library.name} {what} ({self._messages.reason})",
+            f"{self.name}: {self._library.name} {what} ({said})",
             expected="an engine that runs",
             action="see nvidia-smi and the system's log, run again, or run with --device cpu",
         )
@@ -569,6 +581,11 @@ def expected_tensors(spec: NetworkSpec, batch: int) -> dict[str, Tensor]:
         for name, side in spec.input_sizes().items()
     }
     return {**tensors, "logit": ("OUTPUT", "FLOAT", (batch, *[spec.out] * 3))}
+
+
+def _of_memory(said: str) -> bool:
+    """Whether a library's message is of want of memory."""
+    return "memory" in said.lower() and "illegal" not in said.lower()
 
 
 def _no_start(library: Library, device: Device, reason: str) -> DeviceError:

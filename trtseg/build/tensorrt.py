@@ -7,10 +7,10 @@ compiles on, for GPUs like that one. Engines of TensorRT-RTX were compiled by th
 on a GPU yet; of TensorRT 10 and 11 only the Python bindings were there (scripts/gpu-layers).
 
 Engines compute in float16, and their last layer in float32. What that costs is evaluated on the CPU
-at build time, with float32 sums, on the tile that the self-test will run (see `trtseg.build.half`),
-and stored with the engine; should the library choose kernels that sum in float16, the self-test
-judges them by that. Operations whose weights or, on that tile, results leave float16's range are
-kept in float32, and the manifest tells of which layers they are.
+at build time, on the tile that the self-test will run (see `trtseg.build.half`), with float32 sums
+and, since the library may choose kernels that sum so, with float16 sums. Both are stored with the
+engine, and the self-test judges it by the worse. Operations whose weights or, on that tile, results
+leave float16's range are kept in float32, and the manifest tells of which layers they are.
 """
 
 from __future__ import annotations
@@ -39,9 +39,15 @@ from trtseg.backends.tensorrt_library import (
 from trtseg.build import graph
 from trtseg.build.forms import check_form, cost, default_form, form_graph
 from trtseg.build.freeze import FrozenNetwork
-from trtseg.build.half import LARGEST_HALF, fit
+from trtseg.build.half import LARGEST_HALF, PRODUCTS, Evaluator, fit
 from trtseg.cuda.ceilings import FACTORS, PRODUCT, SIDE
-from trtseg.cuda.compile import compile_kernels, find_compiler, kernel_source
+from trtseg.cuda.compile import (
+    ARCHITECTURES,
+    VIRTUAL,
+    compile_kernels,
+    find_compiler,
+    kernel_source,
+)
 from trtseg.cuda.device import list_gpus
 from trtseg.engine import WEIGHTS, build_lock, load_engine
 from trtseg.errors import DeviceError, EngineError, UsageError
@@ -70,7 +76,7 @@ if TYPE_CHECKING:
 
     from trtseg.architecture import NetworkSpec
     from trtseg.backends.tensorrt_library import Library
-    from trtseg.build.half import Fit
+    from trtseg.build.half import Evaluation, Fit
     from trtseg.cuda.compile import Compiler
     from trtseg.engine import Engine
     from trtseg.gpu_engine import GpuEngine
@@ -90,13 +96,17 @@ TURING = "7.5"
 #: one layer, whose tensors lie in it: 820 MB at a batch of 16.
 WORKSPACE_BYTES = 4 << 30
 
-#: An engine's logits in the self-test may differ from float32 by this many times what rounding to
-#: float16 at every operation does on the CPU; kernels sum in another order and round elsewhere.
-_SLACK = 4.0
+#: An engine's logits in the self-test may differ from float32 by this many times what float16 does
+#: on the CPU, with float32 sums or with float16 ones, whichever does more: kernels sum in another
+#: order and round elsewhere. Measured with the demo weights (CGM, BDN; logits): float32 sums 0.009,
+#: 0.006; float16 sums 0.035, 0.009, which makes the limits 0.071, 0.018. They let pass sums rounded
+#: twice as often, in any of four orders (at most 0.059, 0.017), and neither bfloat16 in float16's
+#: place (0.085, 0.028) nor, in any of three layers, a convolution that misses a tap (at least 0.60,
+#: 0.16) or an input channel of middling weight (0.42, 0.070), or swaps two outputs (0.14, 0.071).
+_SLACK = 2.0
 
 #: And by this much besides (in logits; as a part of the labels), should rounding do nothing there.
 _FLOOR = 1e-3
-
 
 #: Least time between two reports of progress: a log of a build of minutes stays short.
 _PROGRESS_SECONDS = 5.0
@@ -203,10 +213,11 @@ class _Kernels:
         self._compiler = compiler or find_compiler()
 
     @property
-    def recipe(self) -> dict[str, str]:
+    def recipe(self) -> dict[str, Any]:
         """What they follow from."""
         return {
             "compiler": self._compiler.name,
+            "targets": [VIRTUAL, *ARCHITECTURES],
             "source_sha256": sha256_bytes(kernel_source().encode()),
         }
 
@@ -300,7 +311,9 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
     if fitted.layers:
         kept = ", ".join(f"{label} ({', '.join(parts)})" for label, parts in fitted.layers.items())
         tell(f"kept in float32, near or beyond float16's range: {kept}")
-    selftest, evidence = _selftest(engine, inputs, fitted)
+    content = form_graph(network, form, batch=1, wide=fitted.wide)
+    coarse = Evaluator(content, PRODUCTS).run(inputs)
+    selftest, evidence = _selftest(engine, inputs, fitted.evaluation, coarse)
     files = {SELFTEST: selftest, CEILING: plan.ceiling, **plan.kernels.files}
     engines, seconds = _compiled(network, form, fitted, plan, tell)
     return write_gpu_engine(
@@ -319,10 +332,7 @@ def _build(engine: Engine, root: Path, plan: _Plan, force: bool, say: Report) ->
             "form": form,
             "precision": PRECISION,
             "float32_layers": fitted.layers,
-            "selftest": {
-                "labels_equal": _labels_limit(evidence),
-                "largest_difference": _SLACK * evidence["largest_difference"] + _FLOOR,
-            },
+            "selftest": _limits(evidence),
             "float16_on_cpu": evidence,
             "notice": engine.notice,
             "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -400,6 +410,8 @@ def _recipe(engine: Engine, plan: _Plan, form: str) -> dict[str, Any]:
         "later_than": plan.targets.later_than,
         "workspace_bytes": WORKSPACE_BYTES,
         "kernels": plan.kernels.recipe,
+        "ceiling": SIDE,
+        "selftest": {"slack": _SLACK, "floor": _FLOOR, "float16_sums": PRODUCTS},
     }
 
 
@@ -423,24 +435,41 @@ def _fit(
 
 
 def _selftest(
-    engine: Engine, inputs: Mapping[str, NDArray[np.float32]], fitted: Fit
-) -> tuple[bytes, dict[str, float]]:
-    """The self-test's file, and what float16 does to its tile on the CPU."""
+    engine: Engine,
+    inputs: Mapping[str, NDArray[np.float32]],
+    rounded: Evaluation,
+    coarse: Evaluation,
+) -> tuple[bytes, dict[str, Any]]:
+    """The self-test's file, and what float16 does to its tile on the CPU, by the kind of sums."""
     answer = OpenVINOBackend().load(engine).tile_logits(inputs)
-    rounded = fitted.evaluation.result[0]
     evidence = {
-        "labels_equal": float(((rounded > 0) == (answer > 0)).mean()),
-        "largest_difference": float(np.abs(rounded - answer).max()),
-        "largest_activation": max(fitted.evaluation.largest.values()),
+        **_difference(rounded, answer),
+        "largest_activation": max(rounded.largest.values()),
+        "float16_sums": {"products": PRODUCTS, **_difference(coarse, answer)},
     }
     stream = io.BytesIO()
-    np.savez(stream, allow_pickle=False, **inputs, **{ANSWER: answer})
+    arrays: dict[str, Any] = {**inputs, ANSWER: answer}
+    np.savez(stream, **arrays)
     return stream.getvalue(), evidence
 
 
-def _labels_limit(evidence: dict[str, float]) -> float:
-    """Part of the labels that must agree in the self-test."""
-    return max(0.0, 1.0 - _SLACK * (1.0 - evidence["labels_equal"]) - _FLOOR)
+def _difference(evaluation: Evaluation, answer: NDArray[np.float32]) -> dict[str, float]:
+    logits = evaluation.result[0]
+    return {
+        "labels_equal": float(((logits > 0) == (answer > 0)).mean()),
+        "largest_difference": float(np.abs(logits - answer).max()),
+    }
+
+
+def _limits(evidence: Mapping[str, Any]) -> dict[str, float]:
+    """What an engine must reach in the self-test; see `GpuEngine.check_selftest`."""
+    found = (evidence, evidence["float16_sums"])
+    missed = max(1.0 - one["labels_equal"] for one in found)
+    largest = max(one["largest_difference"] for one in found)
+    return {
+        "labels_equal": max(0.0, 1.0 - _SLACK * missed - _FLOOR),
+        "largest_difference": _SLACK * largest + _FLOOR,
+    }
 
 
 def _demo_tile(spec: NetworkSpec) -> dict[str, NDArray[np.float32]]:
